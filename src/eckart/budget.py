@@ -1,0 +1,190 @@
+"""From a recipe's budget to one rank per matrix, and what that makes of the model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import models
+from .errors import RankError
+from .factors import Form, index_bytes, parameters
+from .models import Target
+from .ranks import Curve, Energy, Fixed, Keep, allocate, by_energy, curve, uniform
+from .recipe import Recipe
+
+Rule = Fixed | Keep | Energy | None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What becomes of one matrix: rank None means that it stays dense."""
+
+    target: Target
+    form: Form
+    rank: int | None
+
+    @property
+    def parameters(self) -> int:
+        """Parameters after, bias not counted."""
+        return self.target.size if self.rank is None else parameters(self.form, self.target.shape, self.rank)
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes kept beside the parameters."""
+        return 0 if self.rank is None else index_bytes(self.form, self.target.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What the treated matrices may cost together, in parameters; None where a rule decides alone."""
+
+    parameters: int | None
+    what: str
+
+    def check(self, choices: Sequence[Choice]) -> None:
+        """Raise RankError if `choices` cost more."""
+        used = sum(choice.parameters for choice in choices)
+        if self.parameters is not None and used > self.parameters:
+            raise _unreachable(self, used)
+
+
+def _unreachable(budget: Budget, least: int) -> RankError:
+    return RankError(
+        f"{budget.what} leaves {max(budget.parameters or 0, 0):,} parameters for the treated matrices; "
+        f"with the others kept as they are, {least:,} is the least that can be reached: raise the "
+        "budget, or treat more matrices"
+    )
+
+
+def settle(
+    recipe: Recipe, targets: Sequence[Target], model_parameters: int, fixed_bytes: int, itemsize: int
+) -> Budget:
+    """Translate the recipe's budget into parameters of the treated matrices.
+
+    Args:
+        recipe: keep, size, rank or energy.
+        targets: the treated matrices.
+        model_parameters: of the whole model, tied ones once.
+        fixed_bytes: of a weight file without the treated matrices.
+        itemsize: bytes of one parameter in the output.
+    """
+    linears = sum(target.size for target in targets)
+    if recipe.keep is not None and recipe.of == "linears":
+        return Budget(int(recipe.keep * linears), f"keep {recipe.keep:g} of the linears")
+    if recipe.keep is not None:
+        rest = model_parameters - linears
+        return Budget(
+            int(recipe.keep * model_parameters) - rest, f"keep {recipe.keep:g} of the model"
+        )
+    size = recipe.size_bytes()
+    if size is not None:
+        return Budget((size - fixed_bytes) // itemsize, f"size {recipe.size}")
+    return Budget(None, "the rule")
+
+
+def _fixed(recipe: Recipe, target: Target) -> tuple[bool, Rule]:
+    """Tell whether an override decides about `target`, and by which rule (None: dense)."""
+    place = models.match_one(target.name, [override.match for override in recipe.overrides])
+    return (False, None) if place is None else (True, recipe.overrides[place].rule())
+
+
+def _apply(rule: Rule, form: Form, target: Target, multiple: int, tail: Tensor | None) -> Choice:
+    if rule is None:
+        return Choice(target, form, None)
+    if isinstance(rule, Energy):
+        if tail is None:
+            return Choice(target, form, None)
+        return Choice(target, form, by_energy(rule, form, target.shape, tail, multiple))
+    return Choice(target, form, uniform(rule, form, target.shape, multiple))
+
+
+def choose(
+    recipe: Recipe,
+    budget: Budget,
+    targets: Sequence[Target],
+    tails: Mapping[str, Tensor] | None = None,
+    units: Mapping[str, float] | None = None,
+) -> list[Choice]:
+    """Return what becomes of every target, in order, within `budget`.
+
+    Args:
+        recipe: rules, overrides, form, allocation, multiple.
+        budget: from `settle`.
+        targets: the treated matrices.
+        tails: per name the weighted squared error of every rank (k + 1,). None (a dry run) gives
+            the ranks of uniform allocation wherever spectra would decide.
+        units: per name the factor from squared error to loss per token.
+
+    Raises:
+        RankError: the budget cannot be reached.
+    """
+    method = recipe.resolved_method()
+    decided: dict[str, Choice] = {}
+    for target in targets:
+        own, rule = _fixed(recipe, target)
+        if own or budget.parameters is None:
+            rule = rule if own else recipe.rule()
+            tail = tails[target.name] if tails is not None else None
+            decided[target.name] = _apply(rule, method.form, target, recipe.multiple, tail)
+    free = [target for target in targets if target.name not in decided]
+    if free and budget.parameters is not None:
+        left = budget.parameters - sum(choice.parameters for choice in decided.values())
+        if method.allocation == "curvature" and tails is not None and units is not None:
+            found = _by_curvature(recipe, budget, free, left, tails, units)
+        else:
+            found = _uniformly(recipe, free, left)
+        decided |= {choice.target.name: choice for choice in found}
+    choices = [decided[target.name] for target in targets]
+    budget.check(choices)
+    return choices
+
+
+def _uniformly(recipe: Recipe, free: Sequence[Target], left: int) -> list[Choice]:
+    form = recipe.resolved_method().form
+    share = left / sum(target.size for target in free)
+    rule = Keep(min(max(share, 1e-9), 1.0))
+    return [Choice(target, form, uniform(rule, form, target.shape, recipe.multiple)) for target in free]
+
+
+def _by_curvature(
+    recipe: Recipe,
+    budget: Budget,
+    free: Sequence[Target],
+    left: int,
+    tails: Mapping[str, Tensor],
+    units: Mapping[str, float],
+) -> list[Choice]:
+    form = recipe.resolved_method().form
+    curves: dict[str, Curve] = {
+        target.name: curve(
+            form, target.shape, tails[target.name], multiple=recipe.multiple, unit=units[target.name]
+        )
+        for target in free
+    }
+    least = sum(curve.costs[0] for curve in curves.values())
+    if least > left:
+        raise _unreachable(budget, least + (budget.parameters or 0) - left)
+    options = allocate(curves, left)
+    choices = []
+    for target in free:
+        option, ranks = options[target.name], curves[target.name].ranks
+        choices.append(Choice(target, form, None if option == len(ranks) - 1 else ranks[option]))
+    return choices
+
+
+def fixed_bytes(model: torch.nn.Module, targets: Sequence[Target], form: Form, itemsize: int) -> int:
+    """Return the bytes of a weight file without the treated matrices, the file's own header included.
+
+    The header is bounded from above: three entries of at most 120 characters beside the name for
+    every treated matrix, one for every other tensor.
+    """
+    treated = {f"{target.name}.weight" for target in targets}
+    header = sum(3 * (len(target.name) + 120) for target in targets) + 256
+    total = sum(index_bytes(form, target.shape) for target in targets)
+    for name, tensor in models.state_tensors(model).items():
+        if name not in treated:
+            size = itemsize if tensor.is_floating_point() else tensor.element_size()
+            total += tensor.numel() * size
+            header += len(name) + 120
+    return total + header

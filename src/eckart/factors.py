@@ -1,0 +1,228 @@
+"""Low-rank maps as values, the modules that run them, and what they cost."""
+
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .linalg import RowSkeleton, check_rank, pivot_rows
+
+Form = Literal["factored", "pivoted"]
+FORMS: tuple[Form, ...] = ("factored", "pivoted")
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """`left (m, r) @ right (r, n)`: two products, r (m + n) parameters."""
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the product (m, n)."""
+        return self.left @ self.right
+
+    def balanced(self) -> "LowRank":
+        """Return the same product made of orthogonal columns and rows of matching norms.
+
+        The factors of a weighted SVD are as ill-conditioned as the metric; rounded to 16 bits they
+        would lose what the metric protects. These are not.
+        """
+        basis, mix = torch.linalg.qr(self.left)
+        rows = mix @ self.right
+        norms = rows.norm(dim=1)
+        scale = torch.where(norms > 0, norms.sqrt(), torch.ones_like(norms))
+        return LowRank(basis * scale, rows / scale[:, None])
+
+
+@dataclass(frozen=True, slots=True)
+class Pivoted:
+    """r rows of the map and the multipliers of the others: r (m + n - r) parameters.
+
+    `rows (r, n)` are the rows `skeleton.pivots` of the map; the rows `skeleton.rest` are
+    `skeleton.multipliers @ rows`.
+    """
+
+    rows: Tensor
+    skeleton: RowSkeleton
+
+    def dense(self) -> Tensor:
+        """Return the map (m, n)."""
+        outputs = len(self.skeleton.pivots) + len(self.skeleton.rest)
+        dense = self.rows.new_empty(outputs, self.rows.shape[1])
+        dense[self.skeleton.pivots] = self.rows
+        dense[self.skeleton.rest] = self.skeleton.multipliers.to(self.rows) @ self.rows
+        return dense
+
+
+def pivot(low_rank: LowRank, bound: float = 2.0) -> Pivoted:
+    """Return the same map as `low_rank` with r^2 fewer parameters and |multipliers| <= `bound`.
+
+    The gauge freedom of a factorization spent on an identity block (PIFA, Zhao et al. 2025).
+
+    Raises:
+        NotPositiveDefinite: the left factor has dependent columns.
+    """
+    skeleton = pivot_rows(low_rank.left, bound)
+    left = low_rank.left.to(skeleton.multipliers)
+    rows = left[skeleton.pivots] @ low_rank.right.to(skeleton.multipliers)
+    return Pivoted(rows, skeleton)
+
+
+def parameters(form: Form, shape: tuple[int, int], rank: int) -> int:
+    """Return the parameters of a rank-`rank` map of `shape` (m, n) in `form`, bias not counted."""
+    outputs, inputs = shape
+    size = rank * (outputs + inputs)
+    return size - rank * rank if form == "pivoted" else size
+
+
+def index_bytes(form: Form, shape: tuple[int, int]) -> int:
+    """Return the bytes of the row order that `form` keeps beside its parameters."""
+    return 4 * shape[0] if form == "pivoted" else 0
+
+
+def break_even(form: Form, shape: tuple[int, int]) -> int:
+    """Return the largest rank at which `form` has fewer parameters than the dense matrix (0: none)."""
+    dense = shape[0] * shape[1]
+    ranks = range(min(shape), 0, -1)
+    return next((rank for rank in ranks if parameters(form, shape, rank) < dense), 0)
+
+
+class FactoredLinear(nn.Module):
+    """y = up(down(x)): a linear map of rank `rank` as two nn.Linear, the bias on the second.
+
+    Args:
+        in_features, out_features: n and m of the map.
+        rank: 1 <= rank <= min(m, n).
+    """
+
+    kind: Form = "factored"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False) -> None:
+        super().__init__()
+        check_rank(rank, (out_features, in_features))
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features, bias=bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map `inputs` (..., n) to (..., m)."""
+        return cast(Tensor, self.up(self.down(inputs)))
+
+    def map(self) -> LowRank:
+        """Return the linear map without its bias."""
+        return LowRank(self.up.weight.detach(), self.down.weight.detach())
+
+    def dense_bias(self) -> Tensor | None:
+        """Return the bias (m,) of the map, or None."""
+        return None if self.up.bias is None else self.up.bias.detach()
+
+    def extra_repr(self) -> str:
+        """Describe the map for print(model)."""
+        return f"{self.in_features} -> {self.rank} -> {self.out_features}"
+
+
+class PivotedLinear(nn.Module):
+    """Some outputs from the input, the others from those outputs; then put in order.
+
+    y[pivots] = pivot(x), y[rest] = rest(y[pivots]). `order (m,)` int32 says where each output
+    stands in the concatenation of both. The bias of the map is split over the two nn.Linear so
+    that the sum is the same.
+
+    Args:
+        in_features, out_features: n and m of the map.
+        rank: 1 <= rank <= min(m, n).
+    """
+
+    kind: Form = "pivoted"
+    order: Tensor
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = False) -> None:
+        super().__init__()
+        check_rank(rank, (out_features, in_features))
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.pivot = nn.Linear(in_features, rank, bias=bias)
+        self.rest = nn.Linear(rank, out_features - rank, bias=bias) if rank < out_features else None
+        self.register_buffer("order", torch.arange(out_features, dtype=torch.int32))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map `inputs` (..., n) to (..., m)."""
+        pivots = self.pivot(inputs)
+        joined = pivots if self.rest is None else torch.cat([pivots, self.rest(pivots)], dim=-1)
+        return joined.index_select(-1, self.order)
+
+    def map(self) -> Pivoted:
+        """Return the linear map without its bias."""
+        places = torch.argsort(self.order.to(torch.int64))
+        rows = self.pivot.weight.detach()
+        multipliers = rows.new_zeros(0, self.rank) if self.rest is None else self.rest.weight.detach()
+        return Pivoted(rows, RowSkeleton(places[: self.rank], places[self.rank :], multipliers))
+
+    def dense_bias(self) -> Tensor | None:
+        """Return the bias (m,) of the map, or None."""
+        if self.pivot.bias is None:
+            return None
+        first = self.pivot.bias.detach()
+        if self.rest is None:
+            return first.index_select(0, self.order)
+        second = self.rest.weight.detach() @ first + cast(Tensor, self.rest.bias).detach()
+        return torch.cat([first, second]).index_select(0, self.order)
+
+    def extra_repr(self) -> str:
+        """Describe the map for print(model)."""
+        return f"{self.in_features} -> {self.rank} + {self.out_features - self.rank}"
+
+
+LowRankLinear = FactoredLinear | PivotedLinear
+MODULES: dict[Form, type[FactoredLinear] | type[PivotedLinear]] = {
+    "factored": FactoredLinear,
+    "pivoted": PivotedLinear,
+}
+
+
+@torch.no_grad()
+def build(low_rank: LowRank, form: Form, bias: Tensor | None = None) -> LowRankLinear:
+    """Return the module of `form` that computes `low_rank` plus `bias` (m,), in float64.
+
+    Convert it afterwards: every product is formed before any rounding to the final dtype.
+
+    Raises:
+        ConfigError: form is not one of FORMS.
+        NotPositiveDefinite: `form` is pivoted and the left factor has dependent columns.
+    """
+    if form not in FORMS:
+        raise ConfigError(f"form {form!r}: legal are {', '.join(FORMS)}")
+    rank, inputs = low_rank.right.shape
+    with torch.device("meta"):
+        module = MODULES[form](inputs, low_rank.left.shape[0], rank, bias is not None)
+    module = module.to(torch.float64).to_empty(device=low_rank.left.device)
+    if isinstance(module, FactoredLinear):
+        _fill_factored(module, low_rank, bias)
+    else:
+        _fill_pivoted(module, pivot(low_rank), bias)
+    return module
+
+
+def _fill_factored(module: FactoredLinear, low_rank: LowRank, bias: Tensor | None) -> None:
+    low_rank = low_rank.balanced()
+    module.down.weight.copy_(low_rank.right)
+    module.up.weight.copy_(low_rank.left)
+    if bias is not None:
+        module.up.bias.copy_(bias)
+
+
+def _fill_pivoted(module: PivotedLinear, pivoted: Pivoted, bias: Tensor | None) -> None:
+    skeleton = pivoted.skeleton
+    module.pivot.weight.copy_(pivoted.rows)
+    module.order.copy_(torch.argsort(torch.cat([skeleton.pivots, skeleton.rest])))
+    if module.rest is not None:
+        module.rest.weight.copy_(skeleton.multipliers)
+    if bias is None:
+        return
+    bias = bias.to(module.pivot.weight)
+    module.pivot.bias.copy_(bias[skeleton.pivots])
+    if module.rest is not None:
+        carried = skeleton.multipliers @ bias[skeleton.pivots]
+        cast(Tensor, module.rest.bias).copy_(bias[skeleton.rest] - carried)

@@ -1,0 +1,282 @@
+"""Models in and out: a hub id, a folder or a GGUF file becomes a model; a model becomes a folder."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from . import models
+from .errors import ConfigError, ModelError, StoreError
+from .plugin import NAME
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int64": "I64"}
+_WEIGHT_FILES = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
+MB = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its tokenizer and what is known of where it came from.
+
+    `stored` is the dtype of the weights at the source, `bytes` the size of its weight files (None
+    when they are not at hand).
+    """
+
+    model: Any
+    tokenizer: Any
+    source: str
+    stored: torch.dtype
+    bytes: int | None
+
+
+def dtype(name: str) -> torch.dtype:
+    """Return the torch dtype called `name`.
+
+    Raises:
+        ConfigError: it is not one of DTYPES.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"dtype {name!r}: legal are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def device(name: str | None) -> torch.device:
+    """Return the device called `name`; None picks cuda, mps or cpu, the first that is there.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator if accelerator is not None else torch.device("cpu")
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"device {name!r} is not usable here: {error}") from error
+    return found
+
+
+def compute_dtype(stored: torch.dtype, place: torch.device) -> torch.dtype:
+    """Return the dtype to compute in: the stored one, but float32 on a CPU, which is slow in the others."""
+    return torch.float32 if place.type == "cpu" else stored
+
+
+def is_gguf(source: str) -> bool:
+    """Tell whether `source` names a GGUF file."""
+    return source.endswith(".gguf")
+
+
+def check_source(source: str) -> None:
+    """Raise ModelError if `source` is a path by its looks and nothing is there."""
+    path = Path(source)
+    looks_local = is_gguf(source) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    if looks_local and not path.exists():
+        raise ModelError(f"no model at {source}: give a folder, a .gguf file or a hub id")
+    if path.is_file() and not is_gguf(source):
+        raise ModelError(f"{source} is a file: give a folder, a .gguf file or a hub id")
+
+
+def _where(source: str) -> tuple[str, dict[str, str]]:
+    if not is_gguf(source):
+        return source, {}
+    path = Path(source)
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the transformers config of `source` without reading weights.
+
+    Raises:
+        ModelError: it cannot be had.
+    """
+    check_source(source)
+    where, extra = _where(source)
+    try:
+        return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot read the config of {source}: {error}") from error
+
+
+def skeleton(source: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the model of `source` on the meta device: structure and shapes, no weights."""
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    _refuse_quantised(config, source)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _quantised(config: Any) -> str | None:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else found.quant_method
+    return str(getattr(method, "value", method))
+
+
+def _refuse_quantised(config: Any, source: str) -> None:
+    method = _quantised(config)
+    if method not in (None, "gguf"):
+        advice = "eckart.densify it first" if method == NAME else "give the unquantised model"
+        raise ModelError(f"{source} is already stored as {method!r}: {advice}")
+
+
+def load(
+    source: str,
+    *,
+    compute: torch.dtype | None = None,
+    place: torch.device | None = None,
+    trust_remote_code: bool = False,
+    low_rank: bool = True,
+) -> Loaded:
+    """Load a causal language model and its tokenizer.
+
+    Weights come from safetensors or GGUF, never from a pickle.
+
+    Args:
+        source: a hub id, a folder, or a .gguf file (its weights are dequantised).
+        compute: dtype of the model in memory; default: float32 on a CPU, else as stored.
+        place: device; default: the CPU.
+        trust_remote_code: run the code that the model brings along.
+        low_rank: False refuses a folder that is compressed already.
+
+    Raises:
+        ModelError: it cannot be read, or is already compressed and must not be.
+    """
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    if not (low_rank and _quantised(config) == NAME):
+        _refuse_quantised(config, source)
+    place = place or torch.device("cpu")
+    where, extra = _where(source)
+    stored = torch.bfloat16 if extra else _stored_dtype(config)
+    options: dict[str, Any] = dict(extra)
+    options["dtype"] = torch.float32 if extra else (compute or compute_dtype(stored, place))
+    if extra and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    if not extra:
+        options["use_safetensors"] = True
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+    except StoreError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise ModelError(f"cannot load {source}: {error}") from error
+    if extra:
+        _forget_gguf(model)
+    model = model.to(place, compute or compute_dtype(stored, place)).eval()
+    return Loaded(model, tokenizer, source, stored, source_bytes(source))
+
+
+def _stored_dtype(config: Any) -> torch.dtype:
+    found = getattr(config, "dtype", None)
+    found = getattr(torch, found) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def _forget_gguf(model: Any) -> None:
+    """Make a dequantised model an ordinary one: transformers still calls it quantised."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for name in ("quantization_config", "_is_quantized"):
+        model.config.__dict__.pop(name, None)
+
+
+def source_bytes(source: str) -> int | None:
+    """Return the bytes of the weight files at `source`, or None where it is not a local path."""
+    path = Path(source)
+    if path.is_file():
+        return path.stat().st_size
+    if not path.is_dir():
+        return None
+    for pattern in _WEIGHT_FILES:
+        sizes = [file.stat().st_size for file in path.glob(pattern)]
+        if sizes:
+            return sum(sizes)
+    return None
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the bytes of the safetensors files in `folder`."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def accounted_bytes(tensors: Mapping[str, Tensor], as_dtype: torch.dtype | None = None) -> int:
+    """Return the exact size of one safetensors file that holds `tensors`, header included.
+
+    Floating tensors count in `as_dtype` when it is given; meta tensors will do.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # The format sorts by alignment, widest first, then by name.
+    sized = []
+    for name, tensor in tensors.items():
+        kind = as_dtype if as_dtype is not None and tensor.is_floating_point() else tensor.dtype
+        sized.append((-kind.itemsize, name, kind, tensor))
+    end = 0
+    for _, name, kind, tensor in sorted(sized, key=lambda item: item[:2]):
+        start, end = end, end + tensor.numel() * kind.itemsize
+        entries[name] = {
+            "dtype": _SAFETENSORS.get(str(kind).removeprefix("torch."), "U8"),
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = len(json.dumps(entries, separators=(",", ":")).encode())
+    return 8 + (header + 7) // 8 * 8 + end
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Refuse an output folder that exists, unless `overwrite` and it holds a model or nothing.
+
+    Raises:
+        StoreError: with what to do.
+    """
+    if not out.exists():
+        return
+    if not overwrite:
+        raise StoreError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
+    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+        raise StoreError(f"{out} is not a model folder: --overwrite will not replace it")
+
+
+@contextmanager
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder to write in, which becomes `out` by rename when the body ends well, else vanishes."""
+    check_output(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        yield partial
+        check_output(out, overwrite)
+        if out.exists():
+            old = partial.with_suffix(".old")
+            os.replace(out, old)
+            os.replace(partial, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(folder: Path, model: Any, tokenizer: Any, max_shard_size: str = "5GB") -> None:
+    """Write model, config, generation config and tokenizer into `folder`."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def dense_bytes(model: Any, as_dtype: torch.dtype) -> int:
+    """Return the bytes of `model` in one safetensors file of `as_dtype`."""
+    return accounted_bytes(models.state_tensors(model), as_dtype)

@@ -1,0 +1,317 @@
+"""Decompositions of matrices: truncated, randomised and weighted SVD, symmetric roots, pivoting.
+
+Nothing here knows of models, files or names. Everything is computed in float64 on the device of
+its input (on the CPU where the device has no float64).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError, NotFinite, NotPositiveDefinite, RankError
+
+NO_FLOAT64 = ("mps",)
+
+
+@dataclass(frozen=True, slots=True)
+class SVD:
+    """`left (m, r) @ diag(values (r,)) @ right (r, n)`, orthonormal sides, values descending."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """Return the product (m, n)."""
+        return (self.left * self.values) @ self.right
+
+
+def to_float64(matrix: Tensor) -> Tensor:
+    """Return `matrix` in float64, moved to the CPU where its device has none."""
+    if matrix.device.type in NO_FLOAT64:
+        matrix = matrix.cpu()
+    return matrix.to(torch.float64)
+
+
+def check_matrix(matrix: Tensor, what: str = "matrix") -> Tensor:
+    """Return `matrix` if it has two dimensions, no empty side and only finite entries.
+
+    Raises:
+        ConfigError: not two-dimensional, or empty.
+        NotFinite: an entry is NaN or infinite.
+    """
+    if matrix.ndim != 2 or 0 in matrix.shape:
+        raise ConfigError(
+            f"{what} has shape {tuple(matrix.shape)}: give a matrix with at least one row and column"
+        )
+    bad = int((~torch.isfinite(matrix)).sum())
+    if bad:
+        raise NotFinite(
+            f"{what} {tuple(matrix.shape)} has {bad} NaN or infinite entries: "
+            "repair the weights or leave this matrix out"
+        )
+    return matrix
+
+
+def check_rank(rank: int, shape: tuple[int, int]) -> int:
+    """Return `rank` if 1 <= rank <= min(shape), else raise RankError."""
+    if not 1 <= rank <= min(shape):
+        raise RankError(
+            f"rank {rank} for a {shape[0]} x {shape[1]} matrix: legal are 1 to {min(shape)}"
+        )
+    return rank
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> SVD:
+    """Best rank-`rank` approximation of `matrix` (m, n) in Frobenius norm (Eckart & Young 1936).
+
+    Computed in float64 by LAPACK, returned in the dtype of `matrix`.
+
+    Raises:
+        RankError: unless 1 <= rank <= min(m, n).
+        NotFinite: an entry is NaN or infinite.
+    """
+    check_rank(rank, (check_matrix(matrix).shape[0], matrix.shape[1]))
+    left, values, right = torch.linalg.svd(to_float64(matrix), full_matrices=False)
+    return SVD(*(part.to(matrix) for part in (left[:, :rank], values[:rank], right[:rank])))
+
+
+def randomized_svd(
+    matrix: Tensor,
+    rank: int,
+    *,
+    oversampling: int = 10,
+    power_iterations: int = 2,
+    generator: torch.Generator | None = None,
+) -> SVD:
+    """Approximate truncated SVD of `matrix` (m, n) from a Gaussian sketch.
+
+    Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1, with a QR factorization between the
+    power iterations. The expected spectral error is at most
+    `randomized_bound(...) * values[rank]` (their corollary 10.10). Computed in float64, returned
+    in the dtype of `matrix`. `generator` lives on the CPU, so every device draws the same sketch;
+    without one the sketch is that of seed 0.
+
+    Raises:
+        RankError: unless 1 <= rank <= min(m, n).
+        ConfigError: oversampling or power_iterations negative.
+        NotFinite: an entry is NaN or infinite.
+    """
+    rows, columns = check_matrix(matrix).shape
+    check_rank(rank, (rows, columns))
+    if oversampling < 0 or power_iterations < 0:
+        raise ConfigError(
+            f"oversampling={oversampling}, power_iterations={power_iterations}: both must be >= 0"
+        )
+    work = to_float64(matrix)
+    generator = generator or torch.Generator().manual_seed(0)
+    width = min(rank + oversampling, rows, columns)
+    sketch = torch.randn(columns, width, generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(work @ sketch.to(work.device)).Q
+    for _ in range(power_iterations):
+        basis = torch.linalg.qr(work.T @ basis).Q
+        basis = torch.linalg.qr(work @ basis).Q
+    left, values, right = torch.linalg.svd(basis.T @ work, full_matrices=False)
+    left = basis @ left
+    return SVD(*(part.to(matrix) for part in (left[:, :rank], values[:rank], right[:rank])))
+
+
+def randomized_bound(shape: tuple[int, int], rank: int, oversampling: int, power_iterations: int) -> float:
+    """Factor on `values[rank]` that bounds the expected spectral error of the randomised range.
+
+    Halko, Martinsson & Tropp 2011, corollary 10.10; infinite for oversampling below 2, where the
+    corollary says nothing.
+    """
+    if oversampling < 2:
+        return float("inf")
+    tail = min(shape) - rank
+    base = 1 + (rank / (oversampling - 1)) ** 0.5
+    base += 2.718281828459045 * (rank + oversampling) ** 0.5 / oversampling * tail**0.5
+    return float(base ** (1 / (2 * power_iterations + 1)))
+
+
+class Metric:
+    """A symmetric positive semidefinite weighting of one side of a matrix: identity, diagonal or full.
+
+    `damp` is added to the diagonal in units of its mean, and belongs to the metric from then on:
+    every guarantee is for the damped metric. The root is computed once, when it is first asked
+    for, so that matrices which share an input share it.
+
+    Args:
+        size: length of the side.
+        moment: None for the identity, (size,) for a diagonal, (size, size) for a full metric.
+        damp: >= 0, relative to the mean of the diagonal.
+    """
+
+    def __init__(self, size: int, moment: Tensor | None = None, damp: float = 0.0) -> None:
+        if damp < 0:
+            raise ConfigError(f"damp={damp}: must be >= 0")
+        self.size = size
+        self.moment = None if moment is None else self._checked(to_float64(moment), damp)
+
+    def _checked(self, moment: Tensor, damp: float) -> Tensor:
+        if tuple(moment.shape) not in ((self.size,), (self.size, self.size)):
+            raise ConfigError(
+                f"metric of shape {tuple(moment.shape)} for a side of {self.size}: "
+                f"give ({self.size},) or ({self.size}, {self.size})"
+            )
+        if not bool(torch.isfinite(moment).all()):
+            raise NotFinite("the metric has NaN or infinite entries: look at the calibration data")
+        if moment.ndim == 1:
+            return moment + damp * moment.mean()
+        moment = (moment + moment.T) / 2
+        return moment + damp * moment.diagonal().mean() * torch.eye(self.size).to(moment)
+
+    def quadratic(self, matrix: Tensor) -> Tensor:
+        """Return `matrix @ M @ matrix.T` for `matrix` (k, size)."""
+        if self.moment is None:
+            return matrix @ matrix.T
+        product = matrix * self.moment if self.moment.ndim == 1 else matrix @ self.moment
+        return product @ matrix.T
+
+    @cached_property
+    def _roots(self) -> tuple[Tensor, Tensor]:
+        if self.moment is None:
+            raise ConfigError("the identity metric needs no root")
+        if self.moment.ndim == 1:
+            values, vectors = self.moment, None
+        else:
+            values, vectors = torch.linalg.eigh(self.moment)
+        floor = float(values.max()) * self.size * torch.finfo(torch.float64).eps
+        if float(values.min()) <= floor:
+            raise NotPositiveDefinite(
+                f"a metric of size {self.size} has smallest eigenvalue {float(values.min()):.3g} of "
+                f"largest {float(values.max()):.3g} and must be inverted: raise `damp`, "
+                f"or calibrate on more than {self.size} tokens"
+            )
+        root = values.sqrt()
+        if vectors is None:
+            return root, 1 / root
+        return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+
+    def root_times(self, matrix: Tensor) -> Tensor:
+        """Return `M^(1/2) @ matrix` for `matrix` (size, k)."""
+        return self._times(0, matrix)
+
+    def inverse_root_times(self, matrix: Tensor) -> Tensor:
+        """Return `M^(-1/2) @ matrix` for `matrix` (size, k).
+
+        Raises:
+            NotPositiveDefinite: the metric is singular to rounding.
+        """
+        return self._times(1, matrix)
+
+    def _times(self, which: int, matrix: Tensor) -> Tensor:
+        if self.moment is None:
+            return matrix
+        root = self._roots[which]
+        return root[:, None] * matrix if root.ndim == 1 else root @ matrix
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSVD:
+    """`left (m, k) @ right (k, n)` = the matrix, k = min(m, n), the first r terms of which are best.
+
+    `spectrum (k,)` descends; cutting after r terms costs `tail()[r]` in the weighted squared norm.
+    """
+
+    left: Tensor
+    right: Tensor
+    spectrum: Tensor
+
+    def tail(self) -> Tensor:
+        """Return the weighted squared error of every rank 0 .. k, (k + 1,), descending to 0."""
+        squares = self.spectrum.to(torch.float64).square().flip(0)
+        return torch.cat([squares.new_zeros(1), squares.cumsum(0)]).flip(0)
+
+
+def weighted_svd(weight: Tensor, inputs: Metric, outputs: Metric) -> WeightedSVD:
+    """Decompose `weight` (m, n) so that every truncation minimises tr(C D H D^T), D = W - W'.
+
+    H (n, n) is `inputs`, C (m, m) is `outputs`. The optimum is the SVD of C^1/2 W H^1/2
+    (generalised Eckart-Young); only the root of the smaller side is formed, and the larger side
+    enters through the Gram matrix of that size, so for the identity C this is also the route of
+    Swift-SVD (eig(W H W^T)). float64 throughout, returned in float64.
+
+    Small singular values carry an absolute error of about 1e-8 of the largest one, since the Gram
+    matrix squares the condition number.
+
+    Raises:
+        NotFinite: the weight has NaN or infinite entries.
+        NotPositiveDefinite: the metric of the smaller side is singular to rounding.
+    """
+    work = to_float64(check_matrix(weight, "weight"))
+    if work.shape[0] > work.shape[1]:
+        flipped = weighted_svd(work.T, outputs, inputs)
+        return WeightedSVD(flipped.right.T, flipped.left.T, flipped.spectrum)
+    rooted = outputs.root_times(work)
+    values, vectors = torch.linalg.eigh(inputs.quadratic(rooted))
+    vectors = vectors.flip(1)
+    left = outputs.inverse_root_times(vectors)
+    return WeightedSVD(left, vectors.T @ rooted, values.flip(0).clamp(min=0).sqrt())
+
+
+def weighted_error(error: Tensor, inputs: Metric, outputs: Metric) -> float:
+    """Return tr(C D H D^T) for `error` D (m, n), in float64."""
+    rooted = outputs.root_times(to_float64(error))
+    return float(inputs.quadratic(rooted).trace())
+
+
+@dataclass(frozen=True, slots=True)
+class RowSkeleton:
+    """Rows `pivots (r,)` span all rows: `matrix[rest] = multipliers (m - r, r) @ matrix[pivots]`."""
+
+    pivots: Tensor
+    rest: Tensor
+    multipliers: Tensor
+
+
+def pivot_rows(left: Tensor, bound: float = 2.0) -> RowSkeleton:
+    """Choose r rows of `left` (m, r) that span the others with |multipliers| <= `bound`.
+
+    Starts from LU with partial pivoting and swaps rows while a multiplier exceeds the bound; each
+    swap multiplies the volume of the pivot rows by that multiplier, so it ends (maxvol: Goreinov
+    et al. 2010; strong rank-revealing QR has the same stopping rule). float64.
+
+    Raises:
+        ConfigError: bound <= 1, or r > m.
+        NotPositiveDefinite: the columns of `left` are linearly dependent.
+    """
+    rows, rank = check_matrix(left, "left factor").shape
+    if bound <= 1 or rank > rows:
+        raise ConfigError(f"bound={bound} (must exceed 1), shape {rows} x {rank} (must not be wide)")
+    permutation, lower, upper = torch.linalg.lu(to_float64(left))
+    diagonal = upper.diagonal().abs()
+    if float(diagonal.min()) <= float(diagonal.max()) * torch.finfo(torch.float64).eps:
+        raise NotPositiveDefinite(
+            f"the {rows} x {rank} left factor has dependent columns: lower the rank"
+        )
+    order = permutation.argmax(0)
+    multipliers = torch.linalg.solve_triangular(
+        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
+    )
+    _swap_rows(multipliers, order, rank, bound)
+    pivots = order[:rank].sort().values
+    rest = order[rank:].sort().values
+    work = to_float64(left)
+    exact = torch.linalg.solve(work[pivots], work[rest], left=False)
+    return RowSkeleton(pivots, rest, exact)
+
+
+def _swap_rows(multipliers: Tensor, order: Tensor, rank: int, bound: float) -> None:
+    """Swap pivot rows in place until no multiplier exceeds `bound`."""
+    while multipliers.numel():
+        place = int(multipliers.abs().argmax())
+        row, column = divmod(place, rank)
+        value = multipliers[row, column].clone()
+        if float(value.abs()) <= bound:
+            return
+        step = multipliers[row].clone()
+        step[column] -= 1
+        step /= value
+        multipliers.addr_(multipliers[:, column].clone(), step, alpha=-1)
+        multipliers[row] = -step
+        multipliers[row, column] += 1
+        order[[column, rank + row]] = order[[rank + row, column]]

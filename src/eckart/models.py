@@ -1,0 +1,222 @@
+"""The structure of a transformers model: what can be treated, found by structure; replace; densify."""
+
+import copy
+import difflib
+import fnmatch
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import ModelError
+from .factors import LowRankLinear
+
+# Module kinds whose matrices are not projections: normalisation, position tables, short convolutions.
+_NOT_PROJECTIONS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d)
+_UNTREATED_SHARE = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A matrix to treat: its dotted name, its shape (m, n) and whether it has a bias."""
+
+    name: str
+    shape: tuple[int, int]
+    bias: bool
+
+    @property
+    def size(self) -> int:
+        """Parameters of the dense matrix, bias not counted."""
+        return self.shape[0] * self.shape[1]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Return the names of all plain nn.Linear, in the order of the model."""
+    return [name for name, module in model.named_modules() if type(module) is nn.Linear]
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Return the names of the transformer blocks: children of the largest ModuleList of one class.
+
+    Raises:
+        ModelError: there is no such list.
+    """
+    stacks: dict[str, tuple[int, list[str]]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1:
+            size = sum(parameter.numel() for parameter in module.parameters())
+            stacks[name] = (size, [f"{name}.{index}" for index in range(len(module))])
+    if not stacks:
+        raise ModelError(
+            f"{type(model).__name__} has no list of equal blocks: name the matrices with --include"
+        )
+    return max(stacks.values())[1]
+
+
+def targets(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Target]:
+    """Return the matrices to treat.
+
+    Without `include`, every nn.Linear inside the transformer blocks: embeddings and the output
+    head stay as they are. Patterns are globs on dotted names, whole or from a dot on
+    (`q_proj`, `layers.0.*`, `model.layers.*.mlp.*`).
+
+    Raises:
+        ModelError: nothing to treat, a pattern matches nothing, the matrices of the blocks are not
+            nn.Linear, or the output head is asked for while it is tied to the embeddings.
+    """
+    linears = linear_names(model)
+    chosen = _matching(linears, include) if include else _default_names(model, linears)
+    dropped = set(_matching(linears, exclude))
+    chosen = [name for name in chosen if name not in dropped]
+    if not chosen:
+        raise ModelError(f"no matrix left to treat: exclude {list(exclude)} removes all of them")
+    for name in chosen:
+        _refuse_tied(model, name)
+    return [_target(name, find(model, name)) for name in chosen]
+
+
+def _target(name: str, module: nn.Linear) -> Target:
+    return Target(name, (module.out_features, module.in_features), module.bias is not None)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
+
+
+def _matching(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in names):
+            raise ModelError(_no_match(names, pattern))
+    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+
+
+def _no_match(names: Sequence[str], pattern: str) -> str:
+    ends = Counter(name.rsplit(".", 1)[-1] for name in names)
+    close = difflib.get_close_matches(pattern, [*ends, *names], n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(close)}?" if close else f"names end in {', '.join(ends) or 'nothing'}"
+    return f"{pattern!r} matches none of the model's {len(names)} nn.Linear: {hint}"
+
+
+def match_one(name: str, patterns: Sequence[str]) -> int | None:
+    """Return the index of the last of `patterns` that matches `name`, or None."""
+    hits = [index for index, pattern in enumerate(patterns) if _matches(name, pattern)]
+    return hits[-1] if hits else None
+
+
+def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
+    """Raise ModelError, with a suggestion, unless every pattern matches one of `names`."""
+    _matching(names, patterns)
+
+
+def _default_names(model: nn.Module, linears: Sequence[str]) -> list[str]:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder: only decoder-only models are treated by "
+            "default; name the matrices with --include"
+        )
+    prefixes = tuple(f"{block}." for block in block_names(model))
+    _refuse_untreatable(model, prefixes)
+    return [name for name in linears if name.startswith(prefixes)]
+
+
+def _refuse_untreatable(model: nn.Module, prefixes: tuple[str, ...]) -> None:
+    """Refuse blocks whose matrices are not plain nn.Linear rather than skip them in silence."""
+    total, untreated = 0, Counter[str]()
+    for name, module in model.named_modules():
+        if not name.startswith(prefixes) or isinstance(module, _NOT_PROJECTIONS):
+            continue
+        size = sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim > 1)
+        total += size
+        if type(module) is not nn.Linear:
+            untreated[type(module).__name__] += size
+    if total == 0 or untreated.total() > _UNTREATED_SHARE * total:
+        kinds = ", ".join(f"{kind} ({size:,} parameters)" for kind, size in untreated.most_common())
+        raise ModelError(
+            f"{type(model).__name__} keeps matrices of its blocks in modules that are not understood: "
+            f"{kinds or 'none found'}; only nn.Linear is. To treat the nn.Linear that it has, name "
+            "them with --include"
+        )
+
+
+def _refuse_tied(model: nn.Module, name: str) -> None:
+    weight = find(model, name).weight
+    for owner, other in model.named_modules():
+        for parameter in other.parameters(recurse=False):
+            if parameter is weight and owner != name:
+                raise ModelError(
+                    f"{name} shares its weight with {owner}: factoring one of them would store both; "
+                    "leave it out, or untie them first"
+                )
+
+
+def find(model: nn.Module, name: str) -> nn.Linear:
+    """Return the nn.Linear called `name`.
+
+    Raises:
+        ModelError: there is none.
+    """
+    module = dict(model.named_modules()).get(name)
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"{name} is not an nn.Linear of this {type(model).__name__}")
+    return module
+
+
+def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
+    """Return the low-rank modules by name, in the order of the model."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+
+
+@torch.no_grad()
+def dense_linear(module: LowRankLinear) -> nn.Linear:
+    """Return the nn.Linear (m, n) that computes what `module` does; the product is formed in float64."""
+    weight = next(module.parameters())
+    wide = copy.deepcopy(module).to(device="cpu").to(torch.float64)
+    bias = wide.dense_bias()
+    linear = nn.Linear(module.in_features, module.out_features, bias is not None, weight.device, weight.dtype)
+    linear.weight.copy_(wide.map().dense())
+    if bias is not None:
+        linear.bias.copy_(bias)
+    return linear
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` is, in the training mode of what it replaces."""
+    module.train(model.get_submodule(name).training)
+    model.set_submodule(name, module)
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Return the parameters of `model`, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is written to disk: parameters and persistent buffers, tied ones once."""
+    seen: set[int] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            kept[name] = tensor
+        seen.add(id(tensor))
+    return kept
+
+
+def flops_per_token(model: nn.Module) -> int:
+    """Return 2 x multiply-adds per token of all linear maps, the output head included.
+
+    Attention scores, which depend on the length of the text, and elementwise work are not counted.
+    """
+    return sum(
+        2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
+    )
+
+
+def hidden_states_entry(model: PreTrainedModel) -> nn.Module:
+    """Return the module at whose output gradients may start: the input embeddings."""
+    embeddings = model.get_input_embeddings()
+    if not isinstance(embeddings, nn.Module):
+        raise ModelError(f"{type(model).__name__} has no input embeddings to start gradients from")
+    return embeddings

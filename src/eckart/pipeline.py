@@ -1,0 +1,395 @@
+"""The main job: a model and a recipe in, a smaller model and a result out.
+
+Stages are values: statistics -> decompositions -> choices -> modules. Everything per matrix runs
+transformer block by transformer block, and a block's statistics are freed when it is factored.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import budget, evaluate, hub, memory, methods, models, plugin, text
+from .budget import Choice
+from .calibrate import Calibrated, calibrate
+from .errors import ModelError, NotFinite
+from .factors import LowRank, build
+from .linalg import Metric, WeightedSVD, check_matrix, weighted_svd
+from .models import Target
+from .recipe import Recipe
+from .result import Module, Result, Sizes
+
+Watch = Callable[[str, int, int], None]
+"""Called with the name of the stage, what is done and what there is to do."""
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Watch nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a recipe will do to a model, known before any of it runs.
+
+    `exact` is False where spectra will decide the ranks: then `choices` are those of uniform
+    allocation at the same budget, for orientation.
+    """
+
+    recipe: Recipe
+    choices: list[Choice]
+    model_parameters: int
+    exact: bool
+
+
+def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
+    """Return the plan of `recipe` for `model`, which may be a skeleton on the meta device.
+
+    Raises:
+        ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
+        RankError: the budget cannot be reached.
+    """
+    found = models.targets(model, recipe.include, recipe.exclude)
+    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
+    limit = _limit(recipe, model, found, stored)
+    decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
+    choices = budget.choose(recipe, limit, found)
+    return Plan(recipe, choices, models.parameter_count(model), not decided_by_spectra)
+
+
+def _limit(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> budget.Budget:
+    itemsize = output_dtype(recipe, stored).itemsize
+    fixed = budget.fixed_bytes(model, found, recipe.resolved_method().form, itemsize)
+    return budget.settle(recipe, found, models.parameter_count(model), fixed, itemsize)
+
+
+def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype of the output: the recipe's, or the source's."""
+    return hub.dtype(recipe.dtype) if recipe.dtype else stored
+
+
+@dataclass(slots=True)
+class _Run:
+    """The moving parts of one run: clock, warnings, watcher."""
+
+    watch: Watch
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        start = time.perf_counter()
+        self.watch(name, 0, 1)
+        yield lambda done, total: self.watch(name, done, total)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def compress_loaded(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Result:
+    """Compress `loaded.model` in place by `recipe` and return what was done and what it cost.
+
+    The model ends in the output dtype, ready for save_pretrained.
+
+    Raises:
+        EckartError: any of its subclasses, before the model is changed, but for a factor that
+            does not fit the output dtype (NotFinite).
+    """
+    run = _Run(watch or _silent)
+    model = loaded.model
+    if models.low_rank_modules(model):
+        raise ModelError("the model is already low-rank: eckart.densify it first")
+    found = models.targets(model, recipe.include, recipe.exclude)
+    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
+    limit = _limit(recipe, model, found, loaded.stored)
+    budget.choose(recipe, limit, found)
+    _check_weights(model, found)
+    before = _sizes(model, found, output_dtype(recipe, loaded.stored))
+    with run.stage("read text"):
+        calibration, held_out, texts = _windows(recipe, loaded.tokenizer, run)
+    dense = _measure(run, "measure dense", model, held_out)
+    with run.stage("calibrate") as progress:
+        calibrated = _calibrated(recipe, model, found, calibration, progress)
+    with run.stage("factor") as progress:
+        parts = _factor(recipe, model, found, calibrated, run, progress)
+    choices = budget.choose(
+        recipe,
+        limit,
+        found,
+        {name: part.svd.tail() for name, part in parts.items()},
+        {name: part.unit for name, part in parts.items()},
+    )
+    with run.stage("replace") as progress:
+        modules = _replace(model, choices, parts, output_dtype(recipe, loaded.stored), progress)
+    plugin.attach(model, plugin.EckartQuantizer(plugin.declare(model, _version())))
+    computed = model.dtype
+    model.to(output_dtype(recipe, loaded.stored))
+    after = _sizes(model, found, output_dtype(recipe, loaded.stored))
+    compressed = _measure(run, "measure compressed", model.to(computed), held_out)
+    model.to(output_dtype(recipe, loaded.stored))
+    return Result(
+        recipe=recipe,
+        source=loaded.source,
+        architecture=type(model).__name__,
+        dtype=str(output_dtype(recipe, loaded.stored)).removeprefix("torch."),
+        modules=modules,
+        before=before,
+        after=after,
+        source_bytes=loaded.bytes,
+        dense=dense,
+        compressed=compressed,
+        held_out=texts.held_out if texts else False,
+        predicted_increase=_predicted(modules, recipe),
+        calibration_tokens=calibrated.tokens,
+        gradient_tokens=calibrated.gradient_tokens,
+        seconds=run.seconds,
+        peak_memory=memory.peak_bytes(model.device),
+        warnings=run.warnings,
+    )
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _check_weights(model: nn.Module, found: Sequence[Target]) -> None:
+    for target in found:
+        check_matrix(models.find(model, target.name).weight.detach(), target.name)
+
+
+def _windows(
+    recipe: Recipe, tokenizer: Any, run: _Run
+) -> tuple[Tensor | None, Tensor | None, text.Texts | None]:
+    if not recipe.text and not recipe.eval_text:
+        return None, None, None
+    if tokenizer is None:
+        raise ModelError("text needs a tokenizer: pass tokenizer=")
+    bos = tokenizer.bos_token_id if recipe.bos else None
+    texts = text.load(recipe.text or recipe.eval_text, recipe.eval_text, tokenizer)
+    held_out = text.windows(texts.evaluation[: recipe.eval_tokens], recipe.seq_len, bos)
+    if not recipe.text:
+        return None, held_out, texts
+    rows = text.windows(texts.calibration, recipe.seq_len, bos)
+    wanted = max(1, recipe.tokens // rows.shape[1])
+    if len(rows) < wanted:
+        run.warnings.append(
+            f"the text has {rows.numel():,} tokens to calibrate on, fewer than tokens = {recipe.tokens:,}"
+        )
+    return text.pick(rows, wanted, torch.Generator().manual_seed(recipe.seed)), held_out, texts
+
+
+def _measure(run: _Run, name: str, model: Any, windows: Tensor | None) -> evaluate.Perplexity | None:
+    if windows is None:
+        return None
+    with run.stage(name) as progress:
+        return evaluate.perplexity(model, windows, progress)
+
+
+def _calibrated(
+    recipe: Recipe, model: Any, found: Sequence[Target], windows: Tensor | None, progress: evaluate.Progress
+) -> Calibrated:
+    statistics = recipe.resolved_method().statistics()
+    if windows is None or not statistics:
+        windows = torch.zeros(0, 2, dtype=torch.int64)
+    return calibrate(
+        model,
+        windows,
+        [target.name for target in found],
+        statistics,
+        gradient_windows=max(1, recipe.gradient_tokens // windows.shape[1]),
+        labels=recipe.labels,
+        generator=torch.Generator().manual_seed(recipe.seed),
+        watch=progress,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A decomposed matrix; `unit * svd.tail()[r]` is the estimated loss per token of rank r."""
+
+    svd: WeightedSVD
+    unit: float
+
+
+def by_block(model: nn.Module, found: Sequence[Target]) -> list[list[Target]]:
+    """Group targets by transformer block, in order; those outside the blocks come last, together."""
+    prefixes = [f"{name}." for name in models.block_names(model)]
+    groups: list[list[Target]] = [[] for _ in range(len(prefixes) + 1)]
+    for target in found:
+        place = next((i for i, prefix in enumerate(prefixes) if target.name.startswith(prefix)), -1)
+        groups[place].append(target)
+    return [group for group in groups if group]
+
+
+def _factor(
+    recipe: Recipe,
+    model: nn.Module,
+    found: Sequence[Target],
+    calibrated: Calibrated,
+    run: _Run,
+    progress: evaluate.Progress,
+) -> dict[str, Part]:
+    parts: dict[str, Part] = {}
+    short: dict[str, int] = {}
+    for group in by_block(model, found):
+        parts |= factor_block(recipe, model, group, calibrated, short)
+        calibrated.stats.forget([target.name for target in group])
+        progress(len(parts), len(found))
+    for kind, need in short.items():
+        run.warnings.append(
+            f"too few tokens for the rank of some {kind} moments: {need:,} are needed, damping "
+            f"({recipe.damp:g}) fills the gap"
+        )
+    return parts
+
+
+def factor_block(
+    recipe: Recipe,
+    model: nn.Module,
+    group: Sequence[Target],
+    calibrated: Calibrated,
+    short: dict[str, int],
+) -> dict[str, Part]:
+    """Decompose the matrices of one block; matrices that read the same input share its metric's root."""
+    method, stats = recipe.resolved_method(), calibrated.stats
+    shared: dict[str, Metric] = {}
+    parts: dict[str, Part] = {}
+    for target in group:
+        outputs, inputs = target.shape
+        leader = stats.leader(target.name)
+        if leader not in shared:
+            shared[leader] = methods.input_metric(
+                method, stats, target.name, inputs, recipe.damp, recipe.alpha
+            )
+        metric = methods.output_metric(method, stats, target.name, outputs, recipe.damp)
+        weight = models.find(model, target.name).weight.detach()
+        parts[target.name] = Part(
+            weighted_svd(weight, shared[leader], metric), _unit(method, calibrated, target.name)
+        )
+        for kind in method.statistics():
+            moment = stats.moment(kind, target.name)
+            if methods.shortage(moment):
+                short[kind] = max(short.get(kind, 0), moment.total.shape[0])
+    return parts
+
+
+def _unit(method: methods.Method, calibrated: Calibrated, name: str) -> float:
+    """Return (N_module / N) / 2, which turns tr(C D H D^T) into loss per token; 1 where C is not known."""
+    if method.outputs != "gradient":
+        return 1.0
+    seen = calibrated.stats.moment("gradient", name).count
+    return seen / calibrated.gradient_tokens / 2
+
+
+def _replace(
+    model: nn.Module,
+    choices: Sequence[Choice],
+    parts: dict[str, Part],
+    dtype: torch.dtype,
+    progress: evaluate.Progress,
+) -> list[Module]:
+    rows = []
+    for done, choice in enumerate(choices, 1):
+        name, part = choice.target.name, parts.pop(choice.target.name)
+        tail = part.svd.tail()
+        kept = min(choice.target.shape) if choice.rank is None else choice.rank
+        rows.append(
+            Module(
+                name=name,
+                shape=choice.target.shape,
+                form="dense" if choice.rank is None else choice.form,
+                rank=kept,
+                before=choice.target.size,
+                after=choice.parameters,
+                energy=1 - float(tail[kept] / tail[0]) if float(tail[0]) else 1.0,
+                loss=part.unit * float(tail[kept]),
+            )
+        )
+        if choice.rank is not None:
+            _put(model, name, part.svd, choice, dtype)
+        progress(done, len(choices))
+    return rows
+
+
+def _put(model: nn.Module, name: str, svd: WeightedSVD, choice: Choice, dtype: torch.dtype) -> None:
+    linear = models.find(model, name)
+    bias = None if linear.bias is None else linear.bias.detach().to(svd.left)
+    low_rank = LowRank(svd.left[:, : choice.rank], svd.right[: choice.rank])
+    module = build(low_rank, choice.form, bias).to(dtype)
+    for key, tensor in module.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NotFinite(f"{name}.{key} does not fit {dtype}: choose dtype bfloat16 or float32")
+    models.replace(model, name, module.to(linear.weight.dtype).to(linear.weight.device))
+
+
+def _sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:
+    modules = dict(model.named_modules())
+    linears = sum(
+        parameter.numel()
+        for target in found
+        for name, parameter in modules[target.name].named_parameters()
+        if not name.endswith("bias")
+    )
+    return Sizes(
+        linears=linears,
+        model=models.parameter_count(model),
+        linear_flops=2 * linears,
+        model_flops=models.flops_per_token(model),
+        bytes=hub.accounted_bytes(_written(model), dtype),
+    )
+
+
+def _written(model: Any) -> dict[str, Tensor]:
+    tensors = models.state_tensors(model)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, plugin.EckartQuantizer):
+        tensors[plugin.guard_tensor(quantizer.quantization_config)] = torch.empty(0)
+    return tensors
+
+
+def _predicted(modules: Sequence[Module], recipe: Recipe) -> float | None:
+    if recipe.resolved_method().outputs != "gradient":
+        return None
+    return sum(module.loss for module in modules)
+
+
+def load_for(recipe: Recipe) -> hub.Loaded:
+    """Load the model that `recipe` names, to compute on its device.
+
+    Raises:
+        ModelError: the recipe names none, or it cannot be loaded.
+    """
+    if recipe.model is None:
+        raise ModelError("the recipe names no model: give a hub id, a folder or a .gguf file")
+    return hub.load(
+        recipe.model,
+        place=hub.device(recipe.device),
+        trust_remote_code=recipe.trust_remote_code,
+        low_rank=False,
+    )
+
+
+def save(
+    model: Any, tokenizer: Any, out: str | Path, documents: dict[str, str] | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write `model` (and the texts of `documents`, by file name) as a new folder `out`, by rename.
+
+    Raises:
+        StoreError: `out` exists and must not be replaced.
+    """
+    out = Path(out)
+    with hub.new_folder(out, overwrite) as folder:
+        hub.write(folder, model, tokenizer)
+        for name, content in (documents or {}).items():
+            (folder / name).write_text(content, encoding="utf-8")
+    return out
+
+
+def copy_of(model: Any) -> Any:
+    """Return a deep copy of `model`, for callers who want to keep theirs."""
+    return copy.deepcopy(model)

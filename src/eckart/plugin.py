@@ -1,0 +1,257 @@
+"""The quantizer "eckart" of transformers: lets from_pretrained build and save_pretrained write low-rank models.
+
+config.json declares every low-rank module; the skeleton is rebuilt from it on the meta device.
+
+Two guards keep a transformers that lacks this package from returning a model with random weights:
+
+* config.json carries an `attn_implementation` that no transformers knows and that says what to
+  install; the quantizer takes it out of the way before the model is built;
+* the weights hold one empty tensor under a name that the dense model uses, whose shape fits no
+  model, for callers who choose an attention implementation themselves.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import models
+from .errors import StoreError
+from .factors import FORMS, MODULES
+
+NAME = "eckart"
+FORMAT = 1
+GUARD = "eckart: this model needs the eckart package; pip install eckart, and import eckart first"
+_LEGAL_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+
+
+@register_quantization_config(NAME)
+class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What config.json says of a low-rank model.
+
+    Args:
+        modules: dotted name -> {"kind": "factored" | "pivoted", "rank": r}.
+        format: version of this declaration and of the tensors' names.
+        version: the eckart that wrote it.
+
+    Raises:
+        StoreError: a newer format, an illegal name, an unknown kind or rank.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Any]],
+        format: int = FORMAT,
+        version: str = "",
+        quant_method: str = NAME,
+    ) -> None:
+        if format != FORMAT:
+            raise StoreError(
+                f"the folder has format {format}, this eckart reads format {FORMAT}: install a newer eckart"
+            )
+        self.quant_method = quant_method
+        self.format = format
+        self.version = version
+        self.modules = {name: dict(spec) for name, spec in modules.items()}
+        for name, spec in self.modules.items():
+            _check_declaration(name, spec)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """Build it from the JSON of config.json, refusing keys of which it knows nothing."""
+        unknown = set(config_dict) - {"modules", "format", "version", "quant_method"}
+        if unknown or "modules" not in config_dict:
+            raise StoreError(
+                f"quantization_config of config.json: unknown keys {sorted(unknown)}, or no 'modules'"
+            )
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
+    if not _LEGAL_NAME.fullmatch(name):
+        raise StoreError(f"config.json declares a module {name!r}: not a dotted module name")
+    rank = spec.get("rank")
+    if spec.get("kind") not in FORMS or not isinstance(rank, int) or rank < 1 or len(spec) != 2:
+        raise StoreError(
+            f"config.json declares {name} as {dict(spec)}: legal is a kind of "
+            f"{', '.join(FORMS)} and a rank of at least 1"
+        )
+
+
+@register_quantizer(NAME)
+class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Rebuilds the low-rank modules that config.json declares, and saves them."""
+
+    requires_calibration = True
+    quantization_config: EckartConfig
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take the guard away before the model is built (transformers >= 5.20)."""
+        return _without_guard(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """Take the guard away before the model is built (transformers < 5.20)."""
+        return _without_guard(config)
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        build_skeleton(model, self.quantization_config)
+        files = kwargs.get("checkpoint_files")
+        if files:
+            check_files(model, [Path(file) for file in files])
+        model._keys_to_ignore_on_load_unexpected = {
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+            re.escape(guard_tensor(self.quantization_config)),
+        }
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        return attach(model, self)
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors to write, with the guard among them; declare the modules anew."""
+        attach(model, self)
+        state = model.state_dict()
+        state[guard_tensor(self.quantization_config)] = torch.empty(0, dtype=model.dtype)
+        return state, {}
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return densify(model, dtype)
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Low-rank modules are saved like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Trainer asks this before a full fine-tune."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Two products and an index compile."""
+        return True
+
+
+def _without_guard(config: Any) -> Any:
+    if getattr(config, "_attn_implementation", None) == GUARD:
+        config._attn_implementation = None
+    return config
+
+
+def guard_tensor(config: EckartConfig) -> str:
+    """Return the name of the empty tensor: the weight that the dense model has for the first module."""
+    return f"{next(iter(config.modules))}.weight"
+
+
+def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
+    """Put empty low-rank modules into `model` where `config` declares them.
+
+    Raises:
+        StoreError: a declared name is not an nn.Linear of the model, or a rank does not fit it.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    for name, spec in config.modules.items():
+        linear = linears.get(name)
+        if linear is None:
+            raise StoreError(f"config.json declares {name}, which is no nn.Linear of {type(model).__name__}")
+        if spec["rank"] > min(linear.out_features, linear.in_features):
+            raise StoreError(
+                f"config.json declares rank {spec['rank']} for {name}, which is "
+                f"{linear.out_features} x {linear.in_features}"
+            )
+        with torch.device("meta"):
+            module = MODULES[spec["kind"]](
+                linear.in_features, linear.out_features, spec["rank"], linear.bias is not None
+            )
+        models.replace(model, name, module.to(linear.weight.dtype))
+
+
+def check_files(model: nn.Module, files: list[Path]) -> None:
+    """Compare the shapes in the safetensors headers with the skeleton, before anything is allocated.
+
+    Raises:
+        StoreError: a low-rank module's tensor is missing or has another shape, a file lies outside
+            the folder, or a file is unreadable.
+    """
+    if len({file.parent for file in files}) > 1 or any(".." in file.parts for file in files):
+        raise StoreError(f"the weight files lie in several folders: {', '.join(map(str, files))}")
+    held: dict[str, list[int]] = {}
+    for file in files:
+        held |= read_shapes(file)
+    for name, module in models.low_rank_modules(model).items():
+        for key, tensor in module.state_dict().items():
+            shape = held.get(f"{name}.{key}")
+            if shape != list(tensor.shape):
+                raise StoreError(
+                    f"{name}.{key} should have shape {list(tensor.shape)} by config.json and has "
+                    f"{shape or 'no tensor'} in the weight files: the folder is damaged or mixed"
+                )
+
+
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Return name -> shape from the header of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def declare(model: nn.Module, version: str) -> EckartConfig:
+    """Return the declaration of the low-rank modules that `model` has."""
+    modules = {
+        name: {"kind": module.kind, "rank": module.rank}
+        for name, module in models.low_rank_modules(model).items()
+    }
+    return EckartConfig(modules, version=version)
+
+
+def attach(model: Any, quantizer: EckartQuantizer) -> Any:
+    """Tell `model` and its config that it is low-rank, so that save_pretrained writes it as such."""
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = quantizer.quantization_config
+    model.config.attn_implementation = GUARD
+    model.quantization_method = NAME
+    # transformers refuses .float() and .half() on a model with this flag; ours can be cast.
+    model.is_quantized = False
+    return model
+
+
+def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
+    """Replace every low-rank module of `model`, in place, by the nn.Linear with the same function.
+
+    The result is a stock model of the original architecture and size, which plain transformers
+    saves and loads. Products are formed in float64 and rounded once.
+
+    Args:
+        model: a model with low-rank modules (without any, it is returned as it is).
+        dtype: cast the result, a torch.dtype or its name; default: as it is.
+    """
+    for name, module in models.low_rank_modules(model).items():
+        models.replace(model, name, models.dense_linear(module))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, EckartQuantizer):
+        quantizer.remove_quantization_config(model)
+        model.config.__dict__.pop("attn_implementation", None)
+        model.config.__dict__.pop("_is_quantized", None)
+    if dtype is not None:
+        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+    return model

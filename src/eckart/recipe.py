@@ -1,0 +1,266 @@
+"""The recipe: everything that decides a compression, as one frozen value and as strict YAML."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from . import methods
+from .errors import ConfigError
+from .factors import FORMS, Form
+from .methods import ALLOCATIONS, Allocation, Method
+from .ranks import Energy, Fixed, Keep
+
+Of = Literal["model", "linears"]
+Labels = Literal["text", "sampled"]
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BUDGETS = ("keep", "size", "rank", "energy")
+_LISTS = ("text", "eval_text", "include", "exclude", "overrides")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "of": ("model", "linears"),
+    "labels": ("text", "sampled"),
+    "form": FORMS,
+    "allocation": ALLOCATIONS,
+    "method": tuple(methods.METHODS),
+    "dtype": ("float32", "bfloat16", "float16"),
+}
+_AT_LEAST = {"multiple": 1, "tokens": 2, "gradient_tokens": 2, "seq_len": 2, "eval_tokens": 2, "rank": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A rule for the modules that `match` (a glob): exactly one of rank, keep, energy, dense."""
+
+    match: str
+    rank: int | None = None
+    keep: float | None = None
+    energy: float | None = None
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        given = [self.rank is not None, self.keep is not None, self.energy is not None, self.dense]
+        if sum(given) != 1:
+            raise ConfigError(f"override {self.match!r}: give exactly one of rank, keep, energy, dense")
+        self.rule()
+
+    def rule(self) -> Fixed | Keep | Energy | None:
+        """Return the rank rule, None for dense."""
+        return _rule(self.rank, self.keep, self.energy)
+
+
+def _rule(rank: int | None, keep: float | None, energy: float | None) -> Fixed | Keep | Energy | None:
+    if rank is not None:
+        return Fixed(rank)
+    if keep is not None:
+        return Keep(keep)
+    return None if energy is None else Energy(energy)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What to do to which model; the same words as on the command line.
+
+    Args:
+        model: hub id, folder or .gguf file.
+        keep: what remains of the parameters divided by what was, in (0, 1], ...
+        of: ... counted over the whole `model` or over the treated `linears`.
+        size: bytes of the weight files instead, a number or a text such as "200MB" (10^6).
+        rank: the same rank for every matrix instead.
+        energy: the share of every (weighted) squared spectrum to hold instead.
+        method: a preset of eckart.methods.METHODS ...
+        allocation: ... whose allocation ...
+        form: ... and form may be changed.
+        text: sources to calibrate on (eckart.text.read).
+        eval_text: sources to measure on; default: the last 5 % of each of `text`, left out above.
+        include: globs on module names that replace the default choice of matrices.
+        exclude: globs on module names to leave alone.
+        overrides: rules for single modules; the last that matches wins.
+        multiple: ranks are rounded down to a multiple of this.
+        damp: added to the diagonal of every metric, in units of its mean.
+        alpha: exponent of ASVD.
+        tokens: for the second moments of inputs.
+        gradient_tokens: of those, for the second moments of gradients.
+        seq_len: window length.
+        seed: which windows, and sampled labels.
+        labels: the loss behind the gradients is on the `text`'s own labels or on labels `sampled`
+            from the model (true Fisher information).
+        eval_tokens: tokens to measure perplexity on, before and after.
+        bos: begin each window with the tokenizer's begin-of-text token.
+        dtype: of the output; default: as stored at the source (a GGUF: bfloat16).
+        device: default: cuda, mps or cpu, the first that is there.
+        trust_remote_code: run the code that a model brings along.
+
+    Raises:
+        ConfigError: a value is not legal, or not exactly one budget is given.
+    """
+
+    model: str | None = None
+    keep: float | None = None
+    of: Of = "model"
+    size: int | str | None = None
+    rank: int | None = None
+    energy: float | None = None
+    method: str = methods.DEFAULT
+    allocation: Allocation | None = None
+    form: Form | None = None
+    text: tuple[str, ...] = ()
+    eval_text: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+    multiple: int = 1
+    damp: float = 1e-4
+    alpha: float = 0.5
+    tokens: int = 32_768
+    gradient_tokens: int = 16_384
+    seq_len: int = 512
+    seed: int = 0
+    labels: Labels = "text"
+    eval_tokens: int = 12_288
+    bos: bool = False
+    dtype: str | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for name, legal in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in legal:
+                raise ConfigError(f"{name} {value!r}: legal are {', '.join(legal)}")
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ConfigError(f"{name} {value!r}: must be a whole number of at least {least}")
+        if self.damp < 0:
+            raise ConfigError(f"damp {self.damp}: must be >= 0")
+        self.size_bytes()
+        self.check_budget()
+        self.check_method()
+
+    def check_budget(self) -> None:
+        """Raise ConfigError unless exactly one budget is given and it is legal."""
+        given = [name for name in _BUDGETS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"got {' and '.join(given) or 'no budget'}: give exactly one of {', '.join(_BUDGETS)}"
+            )
+        self.rule()
+
+    def check_method(self) -> None:
+        """Raise ConfigError if allocation and method do not fit, or text is needed and missing."""
+        method = self.resolved_method()
+        if self.allocation == "curvature" and method.outputs != "gradient":
+            raise ConfigError(
+                f"allocation 'curvature' needs gradients to have one unit, and method {self.method!r} "
+                "has none: use method eckart or io-svd"
+            )
+        if method.needs_text and not self.text:
+            raise ConfigError(
+                f"method {self.method!r} looks at data: give text to calibrate on (--text FILE), "
+                "or use method svd"
+            )
+
+    def rule(self) -> Fixed | Keep | Energy | None:
+        """Return the budget as a rank rule, None when it is a size."""
+        return _rule(self.rank, self.keep, self.energy)
+
+    def size_bytes(self) -> int | None:
+        """Return the size budget in bytes, None when there is none."""
+        return None if self.size is None else parse_size(self.size)
+
+    def resolved_method(self) -> Method:
+        """Return the preset with the recipe's own allocation and form put in."""
+        preset = methods.get(self.method)
+        allocation = self.allocation or preset.allocation
+        if self.rank is not None or self.energy is not None:
+            allocation = "uniform"
+        form = self.form or preset.form
+        return Method(preset.inputs, preset.outputs, allocation, form, preset.source)
+
+
+def parse_size(size: int | str) -> int:
+    """Return a size in bytes: a number, or a text with B, KB, MB, GB (powers of 10) or KiB, MiB, GiB.
+
+    Raises:
+        ConfigError: it is not a positive size.
+    """
+    text = str(size).strip().upper()
+    number = text.rstrip("KMGIB ")
+    unit = text[len(number) :].strip() or "B"
+    try:
+        value = round(float(number) * _UNITS[unit])
+    except (ValueError, KeyError):
+        value = 0
+    if value <= 0:
+        raise ConfigError(f"size {size!r}: write for example 200MB (10^6 bytes), 1.5GB or 190MiB")
+    return value
+
+
+def _suggest(key: str, legal: list[str]) -> str:
+    close = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"legal are {', '.join(legal)}"
+
+
+def _construct(kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    legal = [field.name for field in fields(kind)]
+    for key in values:
+        if key not in legal:
+            raise ConfigError(f"{where}: unknown key {key!r}: {_suggest(str(key), legal)}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def from_mapping(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Return the recipe that `values` describe.
+
+    Raises:
+        ConfigError: an unknown key (with a suggestion) or an illegal value.
+    """
+    values = dict(values)
+    for name in _LISTS:
+        found = values.get(name, ())
+        values[name] = (found,) if isinstance(found, (str, Mapping)) else tuple(found or ())
+    values["overrides"] = tuple(
+        item if isinstance(item, Override) else _construct(Override, item, f"{where}: overrides")
+        for item in values["overrides"]
+    )
+    recipe = _construct(Recipe, values, where)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML recipe.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no recipe at {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(values).__name__}")
+    return values
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """Return `recipe` as YAML, every value resolved; `read_yaml` and `from_mapping` give it back."""
+    values = asdict(recipe)
+    for override in values["overrides"]:
+        for key in [key for key, value in override.items() if value in (None, False)]:
+            del override[key]
+    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def defaults() -> dict[str, Any]:
+    """Return the default of every key of the recipe."""
+    return {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}

@@ -1,0 +1,96 @@
+"""What a compression did and what it cost: plain values, made by the pipeline, shown by the report."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from .evaluate import Perplexity
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One treated matrix: parameters before and after, energy kept in its metric, estimated loss per token."""
+
+    name: str
+    shape: tuple[int, int]
+    form: str
+    rank: int
+    before: int
+    after: int
+    energy: float
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Parameters and FLOPs per token (2 x multiply-adds) of the treated matrices and of the whole model.
+
+    `bytes` is the size of the weight file in the output dtype, computed; biases of treated
+    matrices count with the model. FLOPs leave out attention scores and elementwise work.
+    """
+
+    linears: int
+    model: int
+    linear_flops: int
+    model_flops: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Everything that the report says.
+
+    `source_bytes` is the size of the input's weight files, `file_bytes` that of the output's, both
+    measured (None where there are none). `predicted_increase` estimates the loss increase per
+    token from the curvature of the calibration loss, None for methods without gradients.
+    `seconds` are per stage, `peak_memory` in bytes.
+    """
+
+    recipe: Recipe
+    source: str
+    architecture: str
+    dtype: str
+    modules: list[Module]
+    before: Sizes
+    after: Sizes
+    source_bytes: int | None
+    dense: Perplexity | None
+    compressed: Perplexity | None
+    held_out: bool
+    predicted_increase: float | None
+    calibration_tokens: int
+    gradient_tokens: int
+    seconds: Mapping[str, float]
+    peak_memory: Mapping[str, int]
+    warnings: list[str]
+    file_bytes: int | None = None
+
+    @property
+    def keep_linears(self) -> float:
+        """Parameters of the treated matrices, after divided by before."""
+        return self.after.linears / self.before.linears
+
+    @property
+    def keep_model(self) -> float:
+        """Parameters of the whole model, after divided by before."""
+        return self.after.model / self.before.model
+
+    def with_file_bytes(self, size: int) -> "Result":
+        """Return the result with the measured size of the files that were written."""
+        return replace(self, file_bytes=size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain JSON values."""
+        values = asdict(self)
+        values["keep_linears"], values["keep_model"] = self.keep_linears, self.keep_model
+        return values
+
+    def __rich__(self) -> "RenderableType":
+        """Show the result as tables."""
+        from .report import renderable
+
+        return renderable(self)

@@ -1,0 +1,198 @@
+"""Statistics of what flows through modules: the only owner of hooks.
+
+Every statistic is a mean over the tokens that the module saw. Products are formed in float32
+(whatever the model computes in) and summed in float32 or float64.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError, NotFinite
+
+Statistic = Literal["gram", "absolute", "gradient", "fisher"]
+STATISTICS: dict[Statistic, str] = {
+    "gram": "E[x x^T] of the input (n, n)",
+    "absolute": "E[|x|] of the input (n,)",
+    "gradient": "E[g g^T] of the gradient at the output (m, m)",
+    "fisher": "sum over outputs of E[(dL/dW)^2], one number per input column (n,), per window",
+}
+_OF_INPUT: tuple[Statistic, ...] = ("gram", "absolute")
+_RECENT_INPUTS = 4
+WIDEST_FULL = 16_384
+"""A side wider than this (a vocabulary) gets the diagonal of its second moment only."""
+
+
+@dataclass(slots=True)
+class Moment:
+    """A running sum and the number of samples in it."""
+
+    total: Tensor
+    count: int = 0
+
+    def add(self, value: Tensor, count: int) -> None:
+        """Add a sum over `count` samples."""
+        self.total += value
+        self.count += count
+
+    def mean(self) -> Tensor:
+        """Return total / count.
+
+        Raises:
+            ModelError: nothing was added.
+            NotFinite: the sum is NaN or infinite.
+        """
+        if not self.count:
+            raise ModelError("a statistic saw no tokens: its module did not run on the calibration text")
+        if not bool(torch.isfinite(self.total).all()):
+            raise NotFinite(
+                "a statistic is NaN or infinite: the model overflows on the calibration text; "
+                "load it in a wider dtype"
+            )
+        return self.total / self.count
+
+
+@dataclass(slots=True)
+class Stats:
+    """What `collect` gathered. Modules that read the same tensor share the statistics of the input."""
+
+    moments: dict[tuple[Statistic, str], Moment] = field(default_factory=dict)
+    leaders: dict[str, str] = field(default_factory=dict)
+
+    def leader(self, name: str) -> str:
+        """Return the first of the modules that read the same input as `name`."""
+        return self.leaders.get(name, name)
+
+    def moment(self, statistic: Statistic, name: str) -> Moment:
+        """Return the accumulator of `statistic` for module `name`.
+
+        Raises:
+            ModelError: it was not collected, or the module did not run.
+        """
+        key = self.leader(name) if statistic in _OF_INPUT else name
+        if (statistic, key) not in self.moments:
+            raise ModelError(
+                f"no {statistic!r} statistic for {name}: it was not collected, or the module did not "
+                "run on the calibration text (leave it out with --exclude)"
+            )
+        return self.moments[statistic, key]
+
+    def forget(self, names: Sequence[str]) -> None:
+        """Free the statistics of `names`, but not of an input that another module still shares."""
+        for name in names:
+            self.leaders.pop(name, None)
+        inputs, outputs = set(self.leaders.values()), set(self.leaders)
+        for statistic, key in list(self.moments):
+            if key not in (inputs if statistic in _OF_INPUT else outputs):
+                del self.moments[statistic, key]
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1]).to(torch.float32)
+
+
+def _second_moment(rows: Tensor) -> Tensor:
+    return rows.T @ rows if rows.shape[1] <= WIDEST_FULL else rows.square().sum(0)
+
+
+@dataclass(slots=True)
+class _Collector:
+    stats: Stats
+    wanted: frozenset[Statistic]
+    precision: torch.dtype
+    recent: deque[tuple[Tensor, str]] = field(default_factory=lambda: deque(maxlen=_RECENT_INPUTS))
+
+    def add(self, statistic: Statistic, key: str, value: Tensor, count: int) -> None:
+        if (statistic, key) not in self.stats.moments:
+            self.stats.moments[statistic, key] = Moment(torch.zeros_like(value, dtype=self.precision))
+        self.stats.moments[statistic, key].add(value, count)
+
+    def is_first_reader(self, name: str, inputs: Tensor) -> bool:
+        """Tell whether `name` leads its group, which the first forward decides and later ones must keep."""
+        seen = next((leader for tensor, leader in self.recent if tensor is inputs), None)
+        leader = self.stats.leaders.setdefault(name, seen or name)
+        if leader == name:
+            self.recent.append((inputs, name))
+        elif leader != seen:
+            raise ModelError(
+                f"{name} and {leader} read one tensor on the first window and two on a later one: "
+                "leave one of them out with --exclude"
+            )
+        return leader == name
+
+    def on_input(self, name: str, inputs: Tensor) -> None:
+        if not self.is_first_reader(name, inputs):
+            return
+        rows = _rows(inputs)
+        if "gram" in self.wanted:
+            self.add("gram", name, _second_moment(rows), len(rows))
+        if "absolute" in self.wanted:
+            self.add("absolute", name, rows.abs().sum(0), len(rows))
+
+    def on_output(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        if not output.requires_grad or not {"gradient", "fisher"} & self.wanted:
+            return
+        kept = inputs.detach() if "fisher" in self.wanted else None
+
+        def on_gradient(gradient: Tensor) -> None:
+            rows = _rows(gradient)
+            if "gradient" in self.wanted:
+                self.add("gradient", name, _second_moment(rows), len(rows))
+            if kept is not None:
+                self.add("fisher", name, (rows.T @ _rows(kept)).square().sum(0), 1)
+
+        output.register_hook(on_gradient)
+
+
+@contextmanager
+def collect(
+    model: nn.Module,
+    names: Sequence[str],
+    wanted: Sequence[Statistic],
+    *,
+    precision: torch.dtype = torch.float32,
+) -> Iterator[Stats]:
+    """Gather statistics of the named modules of `model` while the context is open.
+
+    Works for any nn.Module whose named modules take a tensor (..., n) first and return a tensor
+    (..., m). Statistics of gradients need a backward pass inside the context, through outputs that
+    require a gradient (parameters need none); 'fisher' expects one window per backward pass.
+
+    Args:
+        model: the module that will be run.
+        names: dotted names of its submodules.
+        wanted: keys of STATISTICS.
+        precision: of the sums, float32 or float64.
+
+    Raises:
+        ModelError: a name is not a submodule.
+    """
+    modules = dict(model.named_modules())
+    missing = [name for name in names if name not in modules]
+    if missing:
+        raise ModelError(f"no module named {missing[0]}")
+    stats = Stats()
+    collector = _Collector(stats, frozenset(wanted), precision)
+    handles = [
+        modules[name].register_forward_hook(_hook(collector, name)) for name in names
+    ]
+    try:
+        yield stats
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(collector: _Collector, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not args:
+            raise ModelError(f"{name} is called by keyword: leave it out with --exclude")
+        collector.on_input(name, args[0])
+        collector.on_output(name, args[0], output)
+
+    return on_forward

@@ -1,3 +1,41 @@
-"""eckart: find the low-rank structure of a language model, shrink the model by it, say what it cost."""
+"""eckart: find the low-rank structure of a language model, shrink the model by it, say what it cost.
+
+Importing it teaches transformers to load compressed folders (quantization method "eckart").
+"""
 
 __version__ = "0.1.0"
+
+from . import linalg
+from .api import compress, evaluate, load, save
+from .errors import (
+    ConfigError,
+    EckartError,
+    ModelError,
+    NotFinite,
+    NotPositiveDefinite,
+    RankError,
+    StoreError,
+)
+from .plugin import densify
+from .recipe import Override, Recipe
+from .stats import collect
+
+__all__ = [
+    "ConfigError",
+    "EckartError",
+    "ModelError",
+    "NotFinite",
+    "NotPositiveDefinite",
+    "Override",
+    "RankError",
+    "Recipe",
+    "StoreError",
+    "__version__",
+    "collect",
+    "compress",
+    "densify",
+    "evaluate",
+    "linalg",
+    "load",
+    "save",
+]

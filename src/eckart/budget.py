@@ -74,9 +74,7 @@ def settle(
         return Budget(int(recipe.keep * linears), f"keep {recipe.keep:g} of the linears")
     if recipe.keep is not None:
         rest = model_parameters - linears
-        return Budget(
-            int(recipe.keep * model_parameters) - rest, f"keep {recipe.keep:g} of the model"
-        )
+        return Budget(int(recipe.keep * model_parameters) - rest, f"keep {recipe.keep:g} of the model")
     size = recipe.size_bytes()
     if size is not None:
         return Budget((size - fixed_bytes) // itemsize, f"size {recipe.size}")

@@ -58,7 +58,9 @@ def summed_loss(
         targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(scores.device)
     loss = functional.cross_entropy(scores, targets, reduction="sum")
     if not bool(torch.isfinite(loss)):
-        raise NotFinite("the loss on the calibration text is NaN or infinite: load the model in a wider dtype")
+        raise NotFinite(
+            "the loss on the calibration text is NaN or infinite: load the model in a wider dtype"
+        )
     return loss
 
 
@@ -89,7 +91,8 @@ def calibrate(
             if index in with_gradient:
                 with torch.enable_grad():
                     logits = model(input_ids=window[None], use_cache=False).logits
-                    summed_loss(logits, window, labels, generator).backward()
+                    loss = summed_loss(logits, window, labels, generator)
+                    loss.backward()  # type: ignore[no-untyped-call]
             elif forward_only:
                 with torch.no_grad():
                     body(input_ids=window[None], use_cache=False)

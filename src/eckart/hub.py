@@ -185,6 +185,13 @@ def _stored_dtype(config: Any) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
+def stored_dtype(source: str, *, trust_remote_code: bool = False) -> torch.dtype:
+    """Return the dtype of the weights at `source`, bfloat16 for a GGUF."""
+    if is_gguf(source):
+        return torch.bfloat16
+    return _stored_dtype(load_config(source, trust_remote_code=trust_remote_code))
+
+
 def _forget_gguf(model: Any) -> None:
     """Make a dequantised model an ordinary one: transformers still calls it quantised."""
     model.hf_quantizer = None

@@ -58,9 +58,7 @@ def check_matrix(matrix: Tensor, what: str = "matrix") -> Tensor:
 def check_rank(rank: int, shape: tuple[int, int]) -> int:
     """Return `rank` if 1 <= rank <= min(shape), else raise RankError."""
     if not 1 <= rank <= min(shape):
-        raise RankError(
-            f"rank {rank} for a {shape[0]} x {shape[1]} matrix: legal are 1 to {min(shape)}"
-        )
+        raise RankError(f"rank {rank} for a {shape[0]} x {shape[1]} matrix: legal are 1 to {min(shape)}")
     return rank
 
 
@@ -285,9 +283,7 @@ def pivot_rows(left: Tensor, bound: float = 2.0) -> RowSkeleton:
     permutation, lower, upper = torch.linalg.lu(to_float64(left))
     diagonal = upper.diagonal().abs()
     if float(diagonal.min()) <= float(diagonal.max()) * torch.finfo(torch.float64).eps:
-        raise NotPositiveDefinite(
-            f"the {rows} x {rank} left factor has dependent columns: lower the rank"
-        )
+        raise NotPositiveDefinite(f"the {rows} x {rank} left factor has dependent columns: lower the rank")
     order = permutation.argmax(0)
     multipliers = torch.linalg.solve_triangular(
         lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True

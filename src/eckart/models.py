@@ -209,9 +209,7 @@ def flops_per_token(model: nn.Module) -> int:
 
     Attention scores, which depend on the length of the text, and elementwise work are not counted.
     """
-    return sum(
-        2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
-    )
+    return sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
 
 
 def hidden_states_entry(model: PreTrainedModel) -> nn.Module:
@@ -220,3 +218,9 @@ def hidden_states_entry(model: PreTrainedModel) -> nn.Module:
     if not isinstance(embeddings, nn.Module):
         raise ModelError(f"{type(model).__name__} has no input embeddings to start gradients from")
     return embeddings
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of tokens that `model` scores."""
+    size: int = model.config.get_text_config().vocab_size
+    return size

@@ -4,18 +4,16 @@ Stages are values: statistics -> decompositions -> choices -> modules. Everythin
 transformer block by transformer block, and a block's statistics are freed when it is factored.
 """
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import budget, evaluate, hub, memory, methods, models, plugin, text
+from . import budget, hub, measure, memory, methods, models, plugin, text
 from .budget import Choice
 from .calibrate import Calibrated, calibrate
 from .errors import ModelError, NotFinite
@@ -89,14 +87,26 @@ class _Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def compress_loaded(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Result:
-    """Compress `loaded.model` in place by `recipe` and return what was done and what it cost.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A dense model with everything that does not depend on the budget: it serves every budget."""
 
-    The model ends in the output dtype, ready for save_pretrained.
+    loaded: hub.Loaded
+    found: list[Target]
+    parts: dict[str, "Part"]
+    before: Sizes
+    held_out: Tensor | None
+    own_text: bool
+    dense: measure.Perplexity | None
+    calibrated: Calibrated
+    run: _Run
+
+
+def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Prepared:
+    """Measure the dense model, calibrate on it and decompose its matrices; it stays as it is.
 
     Raises:
-        EckartError: any of its subclasses, before the model is changed, but for a factor that
-            does not fit the output dtype (NotFinite).
+        EckartError: any of its subclasses.
     """
     run = _Run(watch or _silent)
     model = loaded.model
@@ -104,94 +114,98 @@ def compress_loaded(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = No
         raise ModelError("the model is already low-rank: eckart.densify it first")
     found = models.targets(model, recipe.include, recipe.exclude)
     models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
-    limit = _limit(recipe, model, found, loaded.stored)
-    budget.choose(recipe, limit, found)
-    _check_weights(model, found)
-    before = _sizes(model, found, output_dtype(recipe, loaded.stored))
+    budget.choose(recipe, _limit(recipe, model, found, loaded.stored), found)
+    for target in found:
+        check_matrix(models.find(model, target.name).weight.detach(), target.name)
     with run.stage("read text"):
-        calibration, held_out, texts = _windows(recipe, loaded.tokenizer, run)
+        calibration, held_out, own_text = _windows(recipe, loaded.tokenizer, run)
     dense = _measure(run, "measure dense", model, held_out)
     with run.stage("calibrate") as progress:
         calibrated = _calibrated(recipe, model, found, calibration, progress)
     with run.stage("factor") as progress:
         parts = _factor(recipe, model, found, calibrated, run, progress)
+    before = _sizes(model, found, output_dtype(recipe, loaded.stored))
+    return Prepared(loaded, found, parts, before, held_out, own_text, dense, calibrated, run)
+
+
+def finish(recipe: Recipe, prepared: Prepared) -> Result:
+    """Choose ranks for the budget of `recipe`, put the low-rank modules into the model and measure it.
+
+    The model ends in the output dtype. `recipe` may differ from the one that was prepared in its
+    budget, form, allocation, overrides and dtype.
+
+    Raises:
+        RankError: the budget cannot be reached.
+        NotFinite: a factor does not fit the output dtype, or the model's logits are not finite.
+    """
+    loaded, run, found = prepared.loaded, prepared.run, prepared.found
+    model, dtype = loaded.model, output_dtype(recipe, loaded.stored)
     choices = budget.choose(
         recipe,
-        limit,
+        _limit(recipe, model, found, loaded.stored),
         found,
-        {name: part.svd.tail() for name, part in parts.items()},
-        {name: part.unit for name, part in parts.items()},
+        {name: part.svd.tail() for name, part in prepared.parts.items()},
+        {name: part.unit for name, part in prepared.parts.items()},
     )
     with run.stage("replace") as progress:
-        modules = _replace(model, choices, parts, output_dtype(recipe, loaded.stored), progress)
-    plugin.attach(model, plugin.EckartQuantizer(plugin.declare(model, _version())))
+        modules = _replace(model, choices, prepared.parts, dtype, progress)
+    plugin.mark(model)
+    # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     computed = model.dtype
-    model.to(output_dtype(recipe, loaded.stored))
-    after = _sizes(model, found, output_dtype(recipe, loaded.stored))
-    compressed = _measure(run, "measure compressed", model.to(computed), held_out)
-    model.to(output_dtype(recipe, loaded.stored))
+    after = _sizes(model.to(dtype), found, dtype)
+    compressed = _measure(run, "measure compressed", model.to(computed), prepared.held_out)
+    model.to(dtype)
+    predicted = sum(module.loss for module in modules)
     return Result(
         recipe=recipe,
         source=loaded.source,
         architecture=type(model).__name__,
-        dtype=str(output_dtype(recipe, loaded.stored)).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         modules=modules,
-        before=before,
+        before=prepared.before,
         after=after,
         source_bytes=loaded.bytes,
-        dense=dense,
+        dense=prepared.dense,
         compressed=compressed,
-        held_out=texts.held_out if texts else False,
-        predicted_increase=_predicted(modules, recipe),
-        calibration_tokens=calibrated.tokens,
-        gradient_tokens=calibrated.gradient_tokens,
-        seconds=run.seconds,
+        held_out=prepared.own_text,
+        predicted_increase=predicted if recipe.resolved_method().outputs == "gradient" else None,
+        calibration_tokens=prepared.calibrated.tokens,
+        gradient_tokens=prepared.calibrated.gradient_tokens,
+        seconds=dict(run.seconds),
         peak_memory=memory.peak_bytes(model.device),
-        warnings=run.warnings,
+        warnings=list(run.warnings),
     )
 
 
-def _version() -> str:
-    from . import __version__
-
-    return __version__
-
-
-def _check_weights(model: nn.Module, found: Sequence[Target]) -> None:
-    for target in found:
-        check_matrix(models.find(model, target.name).weight.detach(), target.name)
-
-
-def _windows(
-    recipe: Recipe, tokenizer: Any, run: _Run
-) -> tuple[Tensor | None, Tensor | None, text.Texts | None]:
+def _windows(recipe: Recipe, tokenizer: Any, run: _Run) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Return the windows to calibrate on, those to measure on, and whether both are of one text."""
     if not recipe.text and not recipe.eval_text:
-        return None, None, None
+        return None, None, False
     if tokenizer is None:
         raise ModelError("text needs a tokenizer: pass tokenizer=")
     bos = tokenizer.bos_token_id if recipe.bos else None
     texts = text.load(recipe.text or recipe.eval_text, recipe.eval_text, tokenizer)
     held_out = text.windows(texts.evaluation[: recipe.eval_tokens], recipe.seq_len, bos)
     if not recipe.text:
-        return None, held_out, texts
+        return None, held_out, False
     rows = text.windows(texts.calibration, recipe.seq_len, bos)
     wanted = max(1, recipe.tokens // rows.shape[1])
     if len(rows) < wanted:
         run.warnings.append(
             f"the text has {rows.numel():,} tokens to calibrate on, fewer than tokens = {recipe.tokens:,}"
         )
-    return text.pick(rows, wanted, torch.Generator().manual_seed(recipe.seed)), held_out, texts
+    return text.pick(rows, wanted, torch.Generator().manual_seed(recipe.seed)), held_out, texts.held_out
 
 
-def _measure(run: _Run, name: str, model: Any, windows: Tensor | None) -> evaluate.Perplexity | None:
+def _measure(run: _Run, name: str, model: Any, windows: Tensor | None) -> measure.Perplexity | None:
     if windows is None:
         return None
     with run.stage(name) as progress:
-        return evaluate.perplexity(model, windows, progress)
+        return measure.perplexity(model, windows, progress)
 
 
 def _calibrated(
-    recipe: Recipe, model: Any, found: Sequence[Target], windows: Tensor | None, progress: evaluate.Progress
+    recipe: Recipe, model: Any, found: Sequence[Target], windows: Tensor | None, progress: measure.Progress
 ) -> Calibrated:
     statistics = recipe.resolved_method().statistics()
     if windows is None or not statistics:
@@ -232,7 +246,7 @@ def _factor(
     found: Sequence[Target],
     calibrated: Calibrated,
     run: _Run,
-    progress: evaluate.Progress,
+    progress: measure.Progress,
 ) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     short: dict[str, int] = {}
@@ -291,11 +305,11 @@ def _replace(
     choices: Sequence[Choice],
     parts: dict[str, Part],
     dtype: torch.dtype,
-    progress: evaluate.Progress,
+    progress: measure.Progress,
 ) -> list[Module]:
     rows = []
     for done, choice in enumerate(choices, 1):
-        name, part = choice.target.name, parts.pop(choice.target.name)
+        name, part = choice.target.name, parts[choice.target.name]
         tail = part.svd.tail()
         kept = min(choice.target.shape) if choice.rank is None else choice.rank
         rows.append(
@@ -345,17 +359,7 @@ def _sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:
 
 
 def _written(model: Any) -> dict[str, Tensor]:
-    tensors = models.state_tensors(model)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, plugin.EckartQuantizer):
-        tensors[plugin.guard_tensor(quantizer.quantization_config)] = torch.empty(0)
-    return tensors
-
-
-def _predicted(modules: Sequence[Module], recipe: Recipe) -> float | None:
-    if recipe.resolved_method().outputs != "gradient":
-        return None
-    return sum(module.loss for module in modules)
+    return models.state_tensors(model) | plugin.guard_tensors(model)
 
 
 def load_for(recipe: Recipe) -> hub.Loaded:
@@ -372,24 +376,3 @@ def load_for(recipe: Recipe) -> hub.Loaded:
         trust_remote_code=recipe.trust_remote_code,
         low_rank=False,
     )
-
-
-def save(
-    model: Any, tokenizer: Any, out: str | Path, documents: dict[str, str] | None = None, *, overwrite: bool = False
-) -> Path:
-    """Write `model` (and the texts of `documents`, by file name) as a new folder `out`, by rename.
-
-    Raises:
-        StoreError: `out` exists and must not be replaced.
-    """
-    out = Path(out)
-    with hub.new_folder(out, overwrite) as folder:
-        hub.write(folder, model, tokenizer)
-        for name, content in (documents or {}).items():
-            (folder / name).write_text(content, encoding="utf-8")
-    return out
-
-
-def copy_of(model: Any) -> Any:
-    """Return a deep copy of `model`, for callers who want to keep theirs."""
-    return copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""The quantizer "eckart" of transformers: lets from_pretrained build and save_pretrained write low-rank models.
+"""The quantizer "eckart" of transformers: from_pretrained builds, save_pretrained writes low-rank models.
 
 config.json declares every low-rank module; the skeleton is rebuilt from it on the meta device.
 
@@ -42,7 +42,6 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         modules: dotted name -> {"kind": "factored" | "pivoted", "rank": r}.
         format: version of this declaration and of the tensors' names.
-        version: the eckart that wrote it.
 
     Raises:
         StoreError: a newer format, an illegal name, an unknown kind or rank.
@@ -52,7 +51,6 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         modules: Mapping[str, Mapping[str, Any]],
         format: int = FORMAT,
-        version: str = "",
         quant_method: str = NAME,
     ) -> None:
         if format != FORMAT:
@@ -61,17 +59,14 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.quant_method = quant_method
         self.format = format
-        self.version = version
         self.modules = {name: dict(spec) for name, spec in modules.items()}
         for name, spec in self.modules.items():
             _check_declaration(name, spec)
 
     @classmethod
-    def from_dict(
-        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Build it from the JSON of config.json, refusing keys of which it knows nothing."""
-        unknown = set(config_dict) - {"modules", "format", "version", "quant_method"}
+        unknown = set(config_dict) - {"modules", "format", "quant_method"}
         if unknown or "modules" not in config_dict:
             raise StoreError(
                 f"quantization_config of config.json: unknown keys {sorted(unknown)}, or no 'modules'"
@@ -113,7 +108,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
             check_files(model, [Path(file) for file in files])
         model._keys_to_ignore_on_load_unexpected = {
             *(model._keys_to_ignore_on_load_unexpected or ()),
-            re.escape(guard_tensor(self.quantization_config)),
+            *map(re.escape, guard_tensors(model)),
         }
         return model
 
@@ -121,11 +116,10 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         return attach(model, self)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors to write, with the guard among them; declare the modules anew."""
+        """Return the tensors to write, with the guard among them; declare the modules as they are now."""
+        self.quantization_config = declare(model)
         attach(model, self)
-        state = model.state_dict()
-        state[guard_tensor(self.quantization_config)] = torch.empty(0, dtype=model.dtype)
-        return state, {}
+        return model.state_dict() | guard_tensors(model), {}
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         return densify(model, dtype)
@@ -156,9 +150,10 @@ def _without_guard(config: Any) -> Any:
     return config
 
 
-def guard_tensor(config: EckartConfig) -> str:
-    """Return the name of the empty tensor: the weight that the dense model has for the first module."""
-    return f"{next(iter(config.modules))}.weight"
+def guard_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the empty tensor under the name of the dense weight of the first low-rank module, if any."""
+    names = list(models.low_rank_modules(model))[:1]
+    return {f"{name}.weight": torch.empty(0, dtype=torch.float32) for name in names}
 
 
 def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
@@ -215,13 +210,19 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
         raise StoreError(f"{file} is not a readable safetensors file: {error}") from error
 
 
-def declare(model: nn.Module, version: str) -> EckartConfig:
+def declare(model: nn.Module) -> EckartConfig:
     """Return the declaration of the low-rank modules that `model` has."""
     modules = {
         name: {"kind": module.kind, "rank": module.rank}
         for name, module in models.low_rank_modules(model).items()
     }
-    return EckartConfig(modules, version=version)
+    return EckartConfig(modules)
+
+
+def mark(model: Any) -> None:
+    """Make a model into which low-rank modules were put savable; without any it is a stock model."""
+    if models.low_rank_modules(model):
+        attach(model, EckartQuantizer(declare(model)))
 
 
 def attach(model: Any, quantizer: EckartQuantizer) -> Any:

@@ -97,7 +97,9 @@ def uniform(rule: Fixed | Keep, form: Form, shape: tuple[int, int], multiple: in
     return fitting[-1] if fitting else ranks[0]
 
 
-def by_energy(rule: Energy, form: Form, shape: tuple[int, int], tail: Tensor, multiple: int = 1) -> int | None:
+def by_energy(
+    rule: Energy, form: Form, shape: tuple[int, int], tail: Tensor, multiple: int = 1
+) -> int | None:
     """Return the smallest legal rank that leaves at most 1 - energy of `tail[0]`, or None for dense."""
     allowed = (1 - rule.fraction) * float(tail[0])
     for rank in legal_ranks(form, shape, multiple):
@@ -140,7 +142,7 @@ def allocate(curves: dict[str, Curve], budget: int) -> dict[str, int]:
     least = sum(curve.costs[0] for curve in curves.values())
     if least > budget:
         raise RankError(f"a budget of {budget:,} cannot be reached: the least is {least:,}")
-    chosen = {name: 0 for name in curves}
+    chosen = dict.fromkeys(curves, 0)
     left = budget - least
     left = _follow_hulls(curves, chosen, left)
     _fill(curves, chosen, left)

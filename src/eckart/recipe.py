@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -229,8 +229,7 @@ def from_mapping(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         item if isinstance(item, Override) else _construct(Override, item, f"{where}: overrides")
         for item in values["overrides"]
     )
-    recipe = _construct(Recipe, values, where)
-    assert isinstance(recipe, Recipe)
+    recipe: Recipe = _construct(Recipe, values, where)
     return recipe
 
 
@@ -261,6 +260,10 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False)
 
 
-def defaults() -> dict[str, Any]:
-    """Return the default of every key of the recipe."""
-    return {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with what is given (not None, not empty) put in; one budget replaces another."""
+    changes = {key: value for key, value in given.items() if value is not None and value != ()}
+    kept = dict(base)
+    if any(name in changes for name in _BUDGETS):
+        kept = {key: value for key, value in kept.items() if key not in _BUDGETS}
+    return kept | changes

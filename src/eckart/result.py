@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .evaluate import Perplexity
+from .measure import Perplexity
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One treated matrix: parameters before and after, energy kept in its metric, estimated loss per token."""
+    """One treated matrix: its parameters, the energy kept in its metric, the estimated loss per token."""
 
     name: str
     shape: tuple[int, int]

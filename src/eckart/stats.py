@@ -146,7 +146,7 @@ class _Collector:
             if kept is not None:
                 self.add("fisher", name, (rows.T @ _rows(kept)).square().sum(0), 1)
 
-        output.register_hook(on_gradient)
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -178,9 +178,7 @@ def collect(
         raise ModelError(f"no module named {missing[0]}")
     stats = Stats()
     collector = _Collector(stats, frozenset(wanted), precision)
-    handles = [
-        modules[name].register_forward_hook(_hook(collector, name)) for name in names
-    ]
+    handles = [modules[name].register_forward_hook(_hook(collector, name)) for name in names]
     try:
         yield stats
     finally:

@@ -87,7 +87,9 @@ def _dataset_rows(source: str) -> Iterable[Mapping[str, Any]]:
             f"no file {source}; to read it as a dataset, pip install 'eckart[datasets]'"
         ) from error
     try:
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(name, config or None, split=split or "train")
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
+            name, config or None, split=split or "train"
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{source} is neither a file nor a dataset that can be loaded: {error}") from error
     return rows

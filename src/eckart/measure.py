@@ -123,7 +123,9 @@ def compare(model: Any, reference: Any, windows: Tensor, progress: Progress | No
                     functional.kl_div(own, other, log_target=True, reduction="none").sum(-1).mean(),
                     (own.argmax(-1) == other.argmax(-1)).float().mean(),
                 ]
-            ).double().cpu()
+            )
+            .double()
+            .cpu()
         )
         if progress:
             progress(done, len(windows))

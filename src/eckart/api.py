@@ -1,0 +1,199 @@
+"""The whole of eckart in a few calls: compress, save, load, evaluate."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import hub, measure, models, pipeline, recipe, report, text
+from .errors import ConfigError, ModelError
+from .factors import Form
+from .measure import Comparison, Perplexity
+from .methods import Allocation
+from .recipe import Of, Override, Recipe
+from .result import Result
+
+Sources = str | Path | Sequence[str | Path]
+
+
+def _sources(given: Sources | None) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    return (str(given),) if isinstance(given, (str, Path)) else tuple(map(str, given))
+
+
+def compress(
+    model: Any,
+    *,
+    keep: float | None = None,
+    of: Of | None = None,
+    size: int | str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    method: str | None = None,
+    allocation: Allocation | None = None,
+    form: Form | None = None,
+    text: Sources | None = None,
+    eval_text: Sources | None = None,
+    include: Sources | None = None,
+    exclude: Sources | None = None,
+    overrides: Sequence[Override] | None = None,
+    tokens: int | None = None,
+    gradient_tokens: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    recipe: Recipe | None = None,
+    tokenizer: Any = None,
+    watch: Callable[[str, int, int], None] | None = None,
+) -> tuple[Any, Result]:
+    """Compress a causal language model to a budget: one of keep, size, rank, energy.
+
+    Args:
+        model: a hub id, a folder, a .gguf file, or a transformers model, which is changed in place.
+        tokenizer: for a model given as an object, to read text with.
+        recipe: where the other arguments start from; those that are given go over it. All of them
+            are explained in eckart.recipe.Recipe.
+        watch: called with (stage, done, total).
+
+    Returns:
+        The model in the output dtype, which saves and loads like any other, and the result.
+
+    Raises:
+        ConfigError: an argument is not legal.
+        RankError: the budget cannot be reached.
+        ModelError: the model cannot be loaded or treated.
+        NotFinite: a weight, a statistic or a logit is NaN or infinite.
+    """
+    given = {
+        "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy, "method": method,
+        "allocation": allocation, "form": form, "text": _sources(text), "eval_text": _sources(eval_text),
+        "include": _sources(include), "exclude": _sources(exclude),
+        "overrides": None if overrides is None else tuple(overrides),
+        "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed,
+        "dtype": dtype, "device": device,
+    }  # fmt: skip
+    by_name = isinstance(model, (str, Path))
+    if by_name:
+        given["model"] = str(model)
+    resolved = _resolve(recipe, given)
+    loaded = pipeline.load_for(resolved) if by_name else _given(model, tokenizer)
+    return loaded.model, pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch))
+
+
+def _resolve(base: Recipe | None, given: dict[str, Any]) -> Recipe:
+    start = {} if base is None else {name: getattr(base, name) for name in Recipe.__dataclass_fields__}
+    return recipe.from_mapping(recipe.override(start, given), "compress")
+
+
+def _given(model: Any, tokenizer: Any) -> hub.Loaded:
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        raise ModelError(f"got a {type(model).__name__}: give a hub id, a path or a transformers model")
+    anything: Any = model.eval()
+    return hub.Loaded(anything, tokenizer, anything.config.name_or_path or "model", anything.dtype, None)
+
+
+def save(
+    model: Any, tokenizer: Any, out: str | Path, result: Result | None = None, *, overwrite: bool = False
+) -> Path:
+    """Write a model as a new folder, with card, recipe and report when there is a result.
+
+    Raises:
+        StoreError: `out` exists (and `overwrite` is not given, or it is not a model folder).
+    """
+    out = Path(out)
+    with hub.new_folder(out, overwrite) as folder:
+        hub.write(folder, model, tokenizer)
+        if result is not None:
+            measured = result.with_file_bytes(hub.weight_bytes(folder))
+            for name, content in report.documents(measured, out.name).items():
+                (folder / name).write_text(content, encoding="utf-8")
+    return out
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a model, compressed or not, in the dtype it is stored in unless another is asked for.
+
+    Raises:
+        ModelError: it cannot be read.
+        StoreError: what a compressed folder declares and what it holds disagree.
+    """
+    place = hub.device(device) if device else torch.device("cpu")
+    wanted = hub.dtype(dtype) if dtype else None
+    stored = wanted or hub.stored_dtype(str(source), trust_remote_code=trust_remote_code)
+    return hub.load(str(source), compute=stored, place=place, trust_remote_code=trust_remote_code).model
+
+
+def evaluate(
+    model: Any,
+    text: Sources,
+    *,
+    tokens: int = 24_576,
+    seq_len: int = 512,
+    bos: bool = False,
+    against: Any = None,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    watch: Callable[[int, int], None] | None = None,
+) -> Perplexity | Comparison:
+    """Measure perplexity by the protocol of eckart.measure; with `against`, compare two models.
+
+    Args:
+        model, against: hub ids, paths or models. Models with different tokenizers have no common
+            perplexity; `against` is run on the tokens of `model`.
+        text: sources to read (eckart.text.read).
+        tokens: from the start of the text.
+        seq_len: window length, of which all but the first token are predicted.
+        bos: begin every window with the tokenizer's begin-of-text token.
+        tokenizer: for a model given as an object.
+        dtype: to compute in; default: float32 on a CPU, else as stored.
+
+    Raises:
+        NotFinite: a logit is NaN or infinite.
+        ConfigError: no text, or no such option.
+    """
+    first = _loaded(model, tokenizer, dtype, device, trust_remote_code)
+    windows = _eval_windows(text, first.tokenizer, tokens, seq_len, bos)
+    if against is None:
+        return measure.perplexity(first.model, windows, watch)
+    second = _loaded(against, first.tokenizer, dtype, device, trust_remote_code)
+    _same_vocabulary(first, second)
+    return measure.compare(first.model, second.model, windows, watch)
+
+
+def _loaded(model: Any, tokenizer: Any, dtype: str | None, device: str | None, remote: bool) -> hub.Loaded:
+    if not isinstance(model, (str, Path)):
+        return _given(model, tokenizer)
+    compute = hub.dtype(dtype) if dtype else None
+    return hub.load(str(model), compute=compute, place=hub.device(device), trust_remote_code=remote)
+
+
+def _eval_windows(sources: Sources, tokenizer: Any, tokens: int, seq_len: int, bos: bool) -> torch.Tensor:
+    if tokenizer is None:
+        raise ModelError("text needs a tokenizer: pass tokenizer=")
+    if tokens < 2 or seq_len < 2:
+        raise ConfigError(f"tokens {tokens}, seq_len {seq_len}: both must be at least 2")
+    parts = [text.tokenize(text.read(source, tokenizer), tokenizer) for source in _sources(sources) or ()]
+    start = tokenizer.bos_token_id if bos else None
+    if bos and start is None:
+        raise ConfigError("bos: the tokenizer has no begin-of-text token")
+    return text.windows(torch.cat(parts)[:tokens], seq_len, start)
+
+
+def _same_vocabulary(first: hub.Loaded, second: hub.Loaded) -> None:
+    own, other = (models.vocabulary(loaded.model) for loaded in (first, second))
+    if own != other:
+        raise ModelError(
+            f"{first.source} has a vocabulary of {own} and {second.source} of {other}: "
+            "models with different tokenizers cannot be compared token by token"
+        )

@@ -1,0 +1,262 @@
+"""Show a plan, a result or an evaluation: rich tables, Markdown model card, JSON. Pure rendering."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from . import environment
+from .hub import MB
+from .measure import Comparison, Perplexity
+from .pipeline import Plan
+from .recipe import to_yaml
+from .result import Result
+
+SizeRow = tuple[str, str, str, str]
+_MODULES_SHOWN = 8
+
+
+def _mb(size: int) -> str:
+    return f"{size / MB:,.1f} MB"
+
+
+def _share(after: float, before: float) -> str:
+    return f"{after / before:.3f}"
+
+
+def size_rows(result: Result) -> list[SizeRow]:
+    """Return the rows (what, before, after, share) of the table of sizes."""
+    before, after = result.before, result.after
+    rows = [
+        (what, f"{start:,}", f"{end:,}", _share(end, start))
+        for what, start, end in (
+            ("parameters of the linears", before.linears, after.linears),
+            ("parameters of the model", before.model, after.model),
+            ("FLOPs per token, linears", before.linear_flops, after.linear_flops),
+            ("FLOPs per token, model", before.model_flops, after.model_flops),
+        )
+    ]
+    written = result.file_bytes or after.bytes
+    how = "on disk" if result.file_bytes else "computed"
+    rows.append(
+        (
+            f"weight file in {result.dtype}, {how}",
+            _mb(before.bytes),
+            _mb(written),
+            _share(written, before.bytes),
+        )
+    )
+    if result.source_bytes:
+        rows.append(
+            (
+                "against the input file",
+                _mb(result.source_bytes),
+                _mb(written),
+                _share(written, result.source_bytes),
+            )
+        )
+    return rows
+
+
+def quality_rows(result: Result) -> list[SizeRow]:
+    """Return the rows (what, dense, compressed, change) of the table of quality; empty without text."""
+    if result.dense is None or result.compressed is None:
+        return []
+    dense, small = result.dense, result.compressed
+    rows = [
+        (
+            "perplexity on held-out text",
+            f"{dense.perplexity:.2f}",
+            f"{small.perplexity:.2f}",
+            f"x {small.perplexity / dense.perplexity:.3f}",
+        ),
+        ("loss, nats per token", f"{dense.loss:.4f}", f"{small.loss:.4f}", f"{small.loss - dense.loss:+.4f}"),
+    ]
+    if result.predicted_increase is not None:
+        rows.append(("  predicted from curvature", "", "", f"{result.predicted_increase:+.4f}"))
+    return rows
+
+
+def remarks(result: Result) -> list[str]:
+    """Return what a reader must not overlook."""
+    found = list(result.warnings)
+    written = result.file_bytes or result.after.bytes
+    if result.source_bytes and written > result.source_bytes:
+        found.append(
+            f"the output in {result.dtype} is larger than the input file, which is stored in fewer bits: "
+            f"{_mb(written)} against {_mb(result.source_bytes)}; quantise it to go below"
+        )
+    kept_dense = sum(module.form == "dense" for module in result.modules)
+    if kept_dense:
+        found.append(
+            f"{kept_dense} of {len(result.modules)} matrices gain nothing at this budget and stay dense"
+        )
+    if result.held_out:
+        found.append("measured on the last 5 % of the calibration text, which calibration left out")
+    return found
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def renderable(result: Result) -> RenderableType:
+    """Return the tables that end a run."""
+    rows = [*size_rows(result), *quality_rows(result)]
+    title = f"{result.source}: method {result.recipe.method}, {_budget(result)}"
+    parts: list[RenderableType] = [_table(title, ("", "before", "after", "share"), rows)]
+    parts += [Text(f"note: {remark}") for remark in remarks(result)]
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
+    parts.append(Text(f"time: {seconds}"))
+    memory = ", ".join(f"{name} {_mb(size)}" for name, size in result.peak_memory.items())
+    parts.append(Text(f"peak memory: {memory}"))
+    return Group(*parts)
+
+
+def _budget(result: Result) -> str:
+    recipe = result.recipe
+    if recipe.keep is not None:
+        return f"keep {recipe.keep:g} of the {recipe.of}"
+    for name in ("size", "rank", "energy"):
+        value = getattr(recipe, name)
+        if value is not None:
+            return f"{name} {value}"
+    return "no budget"
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """Return the plan as a table: module, shape, rank, parameters before and after."""
+    title = "plan" if plan.exact else "plan (ranks of uniform allocation; spectra will redistribute them)"
+    rows = [
+        (
+            choice.target.name,
+            f"{choice.target.shape[0]} x {choice.target.shape[1]}",
+            "dense" if choice.rank is None else str(choice.rank),
+            f"{choice.target.size:,}",
+            f"{choice.parameters:,}",
+        )
+        for choice in plan.choices
+    ]
+    before = sum(choice.target.size for choice in plan.choices)
+    after = sum(choice.parameters for choice in plan.choices)
+    whole = plan.model_parameters
+    rows.append((f"{len(plan.choices)} linears", "", "", f"{before:,}", f"{after:,}"))
+    rows.append(("model", "", "", f"{whole:,}", f"{whole - before + after:,}"))
+    return _table(title, ("module", "shape", "rank", "before", "after"), rows)
+
+
+def plan_dict(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON values."""
+    return {
+        "exact": plan.exact,
+        "model_parameters": plan.model_parameters,
+        "modules": [
+            {
+                "name": choice.target.name,
+                "shape": list(choice.target.shape),
+                "form": "dense" if choice.rank is None else choice.form,
+                "rank": choice.rank,
+                "before": choice.target.size,
+                "after": choice.parameters,
+            }
+            for choice in plan.choices
+        ],
+    }
+
+
+def evaluation_table(name: str, found: Perplexity | Comparison, against: str | None) -> RenderableType:
+    """Return an evaluation as a table."""
+    own = found.model if isinstance(found, Comparison) else found
+    rows = [_perplexity_row(name, own)]
+    if isinstance(found, Comparison):
+        rows.append(_perplexity_row(against or "reference", found.reference))
+    protocol = f"{own.predicted:,} tokens predicted in {own.windows} windows of {own.seq_len}, {own.dtype}"
+    table = _table(protocol, ("model", "perplexity", "loss", "standard error"), rows)
+    if not isinstance(found, Comparison):
+        return table
+    error = "" if found.standard_error is None else f" +- {found.standard_error:.4f} (paired)"
+    line = (
+        f"loss difference {found.difference:+.4f}{error}, KL {found.kl:.4f} nats, "
+        f"same first token {found.agreement:.1%}"
+    )
+    return Group(table, Text(line))
+
+
+def _perplexity_row(name: str, found: Perplexity) -> tuple[str, str, str, str]:
+    error = "" if found.standard_error is None else f"{found.standard_error:.4f}"
+    return name, f"{found.perplexity:.3f}", f"{found.loss:.4f}", error
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """Return `values` with the environment as JSON text."""
+    return json.dumps({**values, "environment": environment.describe()}, indent=2, default=str)
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def model_card(result: Result, folder: str) -> str:
+    """Return README.md for the output folder."""
+    rows = [*size_rows(result), *quality_rows(result)]
+    smallest = sorted(result.modules, key=lambda module: module.after / module.before)[:_MODULES_SHOWN]
+    modules = [
+        (module.name, f"{module.shape[0]} x {module.shape[1]}", module.form, str(module.rank),
+         _share(module.after, module.before))
+        for module in smallest
+    ]  # fmt: skip
+    base = result.source.replace("\\", "/").rsplit("/", 1)[-1]
+    notes = "\n".join(f"- {remark}" for remark in remarks(result))
+    return f"""---
+library_name: transformers
+tags: [eckart, low-rank, compressed]
+---
+# {folder}
+
+{base} ({result.architecture}), compressed by [eckart]: method `{result.recipe.method}`, {_budget(result)}.
+
+```python
+import eckart  # pip install eckart
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+`eckart.densify(model)` gives back an ordinary model of the original shape.
+
+{markdown_table(("", "before", "after", "share"), rows)}
+
+{notes}
+
+Not measured: anything but perplexity on one text. The licence and terms of the base model apply.
+
+## Matrices that gave most
+{markdown_table(("module", "shape", "form", "rank", "share"), modules)}
+
+The full list is in `eckart.json`. To repeat it: `eckart compress --recipe recipe.yaml --out DIR`, with
+
+```yaml
+{to_yaml(result.recipe)}```
+
+[eckart]: https://pypi.org/project/eckart
+"""
+
+
+def documents(result: Result, folder: str) -> dict[str, str]:
+    """Return the texts that stand beside the weights: card, recipe, machine-readable report."""
+    return {
+        "README.md": model_card(result, folder),
+        "recipe.yaml": to_yaml(result.recipe),
+        "eckart.json": to_json(result.to_dict()),
+    }

@@ -77,7 +77,7 @@ def measure(
         }
         for module_name, module in dense.items():
             models.replace(model, module_name, module)
-        model.to(next(iter(dense.values())).weight.dtype)
+        models.cast(model, next(iter(dense.values())).weight.dtype)
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:

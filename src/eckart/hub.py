@@ -175,8 +175,8 @@ def load(
         raise ModelError(f"cannot load {source}: {error}") from error
     if extra:
         _forget_gguf(model)
-    model = model.to(place, compute or compute_dtype(stored, place)).eval()
-    return Loaded(model, tokenizer, source, stored, source_bytes(source))
+    models.cast(model, compute or compute_dtype(stored, place))
+    return Loaded(model.to(place).eval(), tokenizer, source, stored, source_bytes(source))
 
 
 def _stored_dtype(config: Any) -> torch.dtype:

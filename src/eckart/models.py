@@ -188,6 +188,18 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     model.set_submodule(name, module)
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast what is stored on disk to `dtype`, in place, as loading in that dtype does.
+
+    Unlike `model.to(dtype)` it leaves computed buffers alone: rotary frequencies in bfloat16 would
+    make another model.
+    """
+    for tensor in state_tensors(model).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+    return model
+
+
 def parameter_count(model: nn.Module) -> int:
     """Return the parameters of `model`, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -152,9 +152,9 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
     plugin.mark(model)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     computed = model.dtype
-    after = _sizes(model.to(dtype), found, dtype)
-    compressed = _measure(run, "measure compressed", model.to(computed), prepared.held_out)
-    model.to(dtype)
+    after = _sizes(models.cast(model, dtype), found, dtype)
+    compressed = _measure(run, "measure compressed", models.cast(model, computed), prepared.held_out)
+    models.cast(model, dtype)
     predicted = sum(module.loss for module in modules)
     return Result(
         recipe=recipe,

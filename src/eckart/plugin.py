@@ -152,8 +152,8 @@ def _without_guard(config: Any) -> Any:
 
 def guard_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the empty tensor under the name of the dense weight of the first low-rank module, if any."""
-    names = list(models.low_rank_modules(model))[:1]
-    return {f"{name}.weight": torch.empty(0, dtype=torch.float32) for name in names}
+    found = list(models.low_rank_modules(model).items())[:1]
+    return {f"{name}.weight": next(module.parameters()).new_empty(0) for name, module in found}
 
 
 def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
@@ -254,5 +254,5 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model.config.__dict__.pop("attn_implementation", None)
         model.config.__dict__.pop("_is_quantized", None)
     if dtype is not None:
-        model = model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        models.cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model

@@ -1,0 +1,38 @@
+# Everything that a fresh machine needs: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test lint package oldest clean
+
+install: $(STAMP)
+
+# torch first and pinned: a range pulls gigabytes of CUDA on Linux.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/python benchmarks/demo.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -W error
+
+# The wheel and the sdist, and the wheel tried in a clean environment.
+package: install
+	bash .ci/package
+
+# The tests on the oldest transformers that is supported.
+oldest: install
+	bash .ci/oldest
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .hypothesis demo-out

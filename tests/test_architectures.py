@@ -1,0 +1,149 @@
+"""Every architecture: found by structure, compressed, saved, loaded, equal; and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+import eckart
+from eckart import ModelError, models, plugin
+from eckart.factors import FORMS, Form, LowRank, build
+from eckart.linalg import truncated_svd
+
+from . import tiny
+from .conftest import Compress, logits, reload
+
+NAMES = list(tiny.ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compresses_saves_and_loads_bit_equal(
+    name: str, compress: Compress, tmp_path: Path, tokenizer: Any
+) -> None:
+    model, result = compress(tiny.build(name))
+    assert result.keep_linears <= 0.6
+    assert set(models.low_rank_modules(model))
+    before = logits(model, tiny.tokens())
+    eckart.save(model, tokenizer, tmp_path / "out", result)
+    assert torch.equal(logits(reload(tmp_path / "out"), tiny.tokens()), before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_default_targets_are_all_linears_of_the_blocks(name: str) -> None:
+    model = tiny.build(name)
+    found = {target.name for target in models.targets(model)}
+    assert found == {n for n in models.linear_names(model) if ".layers." in n}
+    assert not any("lm_head" in n or "embed_out" in n for n in found)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_full_rank_equals_the_original_to_rounding(name: str, form: Form) -> None:
+    model, cut = tiny.build(name, torch.float64), tiny.build(name, torch.float64)
+    before = logits(model, tiny.tokens())
+    for target in models.targets(model):
+        linear = models.find(model, target.name)
+        svd = truncated_svd(linear.weight.detach(), min(target.shape))
+        low_rank = LowRank(svd.left * svd.values, svd.right)
+        models.replace(model, target.name, build(low_rank, form, linear.bias))
+        less = LowRank(low_rank.left[:, :-1], low_rank.right[:-1])
+        models.replace(cut, target.name, build(less, form, linear.bias))
+    tolerance = 1e-10 * float(before.abs().max())
+    assert torch.allclose(logits(model, tiny.tokens()), before, atol=tolerance)
+    assert not torch.allclose(logits(cut, tiny.tokens()), before, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_densify_gives_a_stock_model_with_the_same_function(
+    name: str, compress: Compress, tmp_path: Path
+) -> None:
+    model, _ = compress(tiny.build(name))
+    before = logits(model, tiny.tokens())
+    dense = eckart.densify(model)
+    assert not models.low_rank_modules(dense)
+    assert torch.allclose(logits(dense, tiny.tokens()), before, atol=2e-4 * float(before.abs().max()))
+    dense.save_pretrained(tmp_path)
+    assert "eckart" not in (tmp_path / "config.json").read_text()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, tiny.tokens()), logits(dense, tiny.tokens()))
+
+
+def test_grouped_query_attention_keeps_its_shapes(compress: Compress) -> None:
+    model, _ = compress(tiny.build("llama"), form="factored")
+    attention = model.model.layers[0].self_attn
+    assert (attention.k_proj.out_features, attention.q_proj.out_features) == (16, 32)
+
+
+def test_tied_embeddings_stay_tied_and_are_stored_once(compressed_folder: Path) -> None:
+    model = reload(compressed_folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    names = [name for file in compressed_folder.glob("*.safetensors") for name in plugin.read_shapes(file)]
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_the_head_can_be_chosen_when_it_is_not_tied(compress: Compress, tmp_path: Path, tokenizer: Any) -> None:
+    model, _ = compress(tiny.build("llama-bias-untied"), include=["lm_head", "*.mlp.*"])
+    assert "lm_head" in models.low_rank_modules(model)
+    eckart.save(model, tokenizer, tmp_path / "out")
+    assert torch.equal(logits(reload(tmp_path / "out"), tiny.tokens()), logits(model, tiny.tokens()))
+
+
+def test_a_tied_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="lm_head shares its weight with model.embed_tokens"):
+        models.targets(tiny.build("llama"), include=["lm_head"])
+
+
+def test_include_and_exclude_are_globs(llama: Any) -> None:
+    found = [t.name for t in models.targets(llama, ["q_proj", "model.layers.1.*"], ["*.mlp.*"])]
+    assert found == [
+        "model.layers.0.self_attn.q_proj",
+        *(f"model.layers.1.self_attn.{p}_proj" for p in "qkvo"),
+    ]
+
+
+def test_a_pattern_that_matches_nothing_suggests(llama: Any) -> None:
+    with pytest.raises(ModelError, match=r"'qproj' matches none .* did you mean q_proj"):
+        models.targets(llama, ["qproj"])
+    with pytest.raises(ModelError, match="names end in q_proj, k_proj"):
+        models.targets(llama, [], ["zzzzzzzz"])
+    with pytest.raises(ModelError, match="no matrix left to treat"):
+        models.targets(llama, ["q_proj"], ["*"])
+
+
+def _config_model(kind: str, **options: Any) -> Any:
+    auto = options.pop("auto", AutoModelForCausalLM)
+    return auto.from_config(getattr(transformers, kind)(**options))
+
+
+def test_modules_that_are_not_understood_are_refused_by_name() -> None:
+    gpt2 = _config_model("GPT2Config", n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=1)  # fmt: skip
+    with pytest.raises(ModelError, match=r"not understood: Conv1D \([\d,]+ parameters\)"):
+        models.targets(gpt2)
+    mixtral = _config_model(
+        "MixtralConfig", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"not understood: MixtralExperts"):
+        models.targets(mixtral)
+    assert models.targets(mixtral, include=["q_proj"])
+
+
+def test_encoder_decoders_are_refused() -> None:
+    t5 = _config_model("T5Config", auto=transformers.AutoModelForSeq2SeqLM, vocab_size=64, d_model=32, d_ff=48, num_layers=2, num_heads=2, d_kv=16, decoder_start_token_id=0)  # fmt: skip
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        models.targets(t5)
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ModelError, match="no list of equal blocks"):
+        models.targets(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+
+
+def test_what_is_low_rank_already_is_refused(compress: Compress) -> None:
+    model, _ = compress(tiny.build("llama"))
+    with pytest.raises(ModelError, match="already low-rank"):
+        compress(model)

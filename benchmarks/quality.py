@@ -17,8 +17,17 @@ from eckart import environment, models, pipeline, recipe, report
 from eckart.methods import METHODS
 from eckart.recipe import Recipe
 
-COLUMNS = ("method", "budget", "keep of linears", "keep of model", "perplexity")
-COLUMNS += ("predicted", "measured", "seconds", "peak MB")
+COLUMNS = [
+    "method",
+    "budget",
+    "keep of linears",
+    "keep of model",
+    "perplexity",
+    "predicted",
+    "measured",
+    "seconds",
+    "peak MB",
+]
 
 
 def arguments() -> argparse.Namespace:

@@ -85,7 +85,9 @@ def test_tied_embeddings_stay_tied_and_are_stored_once(compressed_folder: Path) 
     assert "lm_head.weight" not in names
 
 
-def test_the_head_can_be_chosen_when_it_is_not_tied(compress: Compress, tmp_path: Path, tokenizer: Any) -> None:
+def test_the_head_can_be_chosen_when_it_is_not_tied(
+    compress: Compress, tmp_path: Path, tokenizer: Any
+) -> None:
     model, _ = compress(tiny.build("llama-bias-untied"), include=["lm_head", "*.mlp.*"])
     assert "lm_head" in models.low_rank_modules(model)
     eckart.save(model, tokenizer, tmp_path / "out")
@@ -120,7 +122,8 @@ def _config_model(kind: str, **options: Any) -> Any:
 
 
 def test_modules_that_are_not_understood_are_refused_by_name() -> None:
-    gpt2 = _config_model("GPT2Config", n_embd=32, n_layer=2, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=1)  # fmt: skip
+    small = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
+    gpt2 = _config_model("GPT2Config", **small)
     with pytest.raises(ModelError, match=r"not understood: Conv1D \([\d,]+ parameters\)"):
         models.targets(gpt2)
     mixtral = _config_model(
@@ -133,7 +136,8 @@ def test_modules_that_are_not_understood_are_refused_by_name() -> None:
 
 
 def test_encoder_decoders_are_refused() -> None:
-    t5 = _config_model("T5Config", auto=transformers.AutoModelForSeq2SeqLM, vocab_size=64, d_model=32, d_ff=48, num_layers=2, num_heads=2, d_kv=16, decoder_start_token_id=0)  # fmt: skip
+    small = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2, "d_kv": 16}
+    t5 = _config_model("T5Config", auto=transformers.AutoModelForSeq2SeqLM, decoder_start_token_id=0, **small)
     with pytest.raises(ModelError, match="encoder-decoder"):
         models.targets(t5)
 

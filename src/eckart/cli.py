@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
 from . import __version__, api, hub, pipeline, recipe, report
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Find the low-rank structure of a language model and shrink the model by it.",
 )
 INTERRUPTED = 130
+_SECONDS_BETWEEN_LINES = 10
 
 Model = Annotated[str | None, typer.Argument(help="Hub id, folder or .gguf file.")]
 Sources = Annotated[
@@ -73,17 +75,20 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 class _Bars:
-    """Progress bars on stderr, one per stage, with an estimate of the time left."""
+    """Progress on stderr: bars with an estimate of the time left, or lines where there is no terminal."""
 
     def __init__(self) -> None:
+        self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description:<20}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            console=Console(stderr=True),
+            console=self.console,
+            disable=not self.console.is_terminal,
         )
-        self.tasks: dict[str, Any] = {}
+        self.tasks: dict[str, TaskID] = {}
+        self.started = self.said = time.monotonic()
 
     def __enter__(self) -> "_Bars":
         self.progress.start()
@@ -96,12 +101,15 @@ class _Bars:
         """Show that `stage` has done `done` of `total`."""
         if stage not in self.tasks:
             for task in self.tasks.values():
-                self._finish(task)
+                self.progress.update(task, completed=self.progress.tasks[task].total)
             self.tasks[stage] = self.progress.add_task(stage, total=total)
+            self.started, self.said = time.monotonic(), 0.0
         self.progress.update(self.tasks[stage], completed=done, total=total)
-
-    def _finish(self, task: Any) -> None:
-        self.progress.update(task, completed=self.progress.tasks[task].total)
+        if self.progress.disable and time.monotonic() - self.said > _SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
+            left = (self.said - self.started) * (total - done) / done if done else None
+            estimate = "" if left is None else f", {left:.0f} s left"
+            self.console.print(f"{stage}: {done} of {total}{estimate}", highlight=False)
 
 
 @app.command()

@@ -153,6 +153,7 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     computed = model.dtype
     after = _sizes(models.cast(model, dtype), found, dtype)
+    _check_fits(model, dtype)
     compressed = _measure(run, "measure compressed", models.cast(model, computed), prepared.held_out)
     models.cast(model, dtype)
     predicted = sum(module.loss for module in modules)
@@ -175,6 +176,12 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
         peak_memory=memory.peak_bytes(model.device),
         warnings=list(run.warnings),
     )
+
+
+def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:
+    for name, tensor in models.state_tensors(model).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NotFinite(f"{name} does not fit {dtype}: choose dtype bfloat16 or float32")
 
 
 def _windows(recipe: Recipe, tokenizer: Any, run: _Run) -> tuple[Tensor | None, Tensor | None, bool]:
@@ -334,11 +341,9 @@ def _put(model: nn.Module, name: str, svd: WeightedSVD, choice: Choice, dtype: t
     linear = models.find(model, name)
     bias = None if linear.bias is None else linear.bias.detach().to(svd.left)
     low_rank = LowRank(svd.left[:, : choice.rank], svd.right[: choice.rank])
-    module = build(low_rank, choice.form, bias).to(dtype)
-    for key, tensor in module.state_dict().items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NotFinite(f"{name}.{key} does not fit {dtype}: choose dtype bfloat16 or float32")
-    models.replace(model, name, module.to(linear.weight.dtype).to(linear.weight.device))
+    # float64 to the output dtype at once: by way of the dtype computed in, it would be rounded twice.
+    module = build(low_rank, choice.form, bias).to(dtype).to(linear.weight.dtype)
+    models.replace(model, name, module.to(linear.weight.device))
 
 
 def _sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:

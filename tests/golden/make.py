@@ -1,6 +1,6 @@
 """Make the golden folder of the current format; run it once per format, and keep what it made.
 
-    python -m tests.golden.make
+python -m tests.golden.make
 """
 
 from pathlib import Path

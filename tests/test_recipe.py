@@ -1,0 +1,100 @@
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from eckart import ConfigError, Override, RankError, Recipe, recipe
+from eckart.methods import METHODS
+from eckart.ranks import Energy, Fixed, Keep
+
+TEXT = ("t.txt",)
+
+
+def test_yaml_gives_the_recipe_back(tmp_path: Path) -> None:
+    made = Recipe(
+        model="m", keep=0.7, text=TEXT, exclude=("q_proj",), overrides=(Override("*.v_proj", dense=True),)
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(made))
+    assert recipe.from_mapping(recipe.read_yaml(path)) == made
+    assert set(yaml.safe_load(path.read_text())) == set(asdict(made))
+
+
+def test_options_go_over_the_file_and_one_budget_replaces_another() -> None:
+    base = {"keep": 0.5, "text": ["a"], "seed": 3}
+    merged = recipe.override(base, {"rank": 8, "seed": None, "text": (), "method": "svd"})
+    assert merged == {"rank": 8, "text": ["a"], "seed": 3, "method": "svd"}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"kep": 0.5}, "unknown key 'kep': did you mean 'keep'"),
+        ({"keep": 0.5, "overrides": [{"match": "*", "rnk": 3}]}, "overrides: unknown key 'rnk'"),
+        ({"keep": 0.5, "overrides": [{"match": "*"}]}, "exactly one of rank, keep, energy, dense"),
+        ({"keep": 0.5, "overrides": [{"rank": 3}]}, "overrides: .*match"),
+        ({}, "got no budget: give exactly one of keep, size, rank, energy"),
+        ({"keep": 0.5, "rank": 3}, "got keep and rank"),
+        ({"keep": 0}, r"keep 0: must lie in \(0, 1\]"),
+        ({"keep": 1.5}, r"keep 1.5: must lie in \(0, 1\]"),
+        ({"energy": 2.0}, r"energy 2.0: must lie in \(0, 1\]"),
+        ({"rank": 0}, "rank 0: must be a whole number of at least 1"),
+        ({"rank": 2.5}, "rank 2.5: must be a whole number"),
+        ({"keep": 0.5, "of": "all"}, "of 'all': legal are model, linears"),
+        ({"keep": 0.5, "method": "magic"}, "method 'magic': legal are svd, fwsvd"),
+        ({"keep": 0.5, "form": "odd"}, "form 'odd': legal are factored, pivoted"),
+        ({"keep": 0.5, "dtype": "int3"}, "dtype 'int3': legal are float32"),
+        ({"keep": 0.5, "damp": -1.0}, "damp -1.0: must be >= 0"),
+        ({"keep": 0.5, "tokens": 1}, "tokens 1: must be a whole number of at least 2"),
+        ({"size": "12 parsecs"}, "write for example 200MB"),
+        ({"size": -5}, "write for example 200MB"),
+        ({"keep": 0.5, "text": []}, "method 'eckart' looks at data: give text"),
+        ({"keep": 0.5, "method": "pifa", "allocation": "curvature"}, "needs gradients to have one unit"),
+    ],
+)
+def test_what_is_illegal_is_refused_with_the_way_out(values: dict[str, Any], message: str) -> None:
+    with pytest.raises((ConfigError, RankError), match=message):
+        recipe.from_mapping({"text": TEXT} | values)
+
+
+def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no recipe at"):
+        recipe.read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="must hold a mapping of keys to values, got list"):
+        recipe.read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("a: [\n")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        recipe.read_yaml(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("size", "count"),
+    [
+        (1000, 1000),
+        ("200MB", 200_000_000),
+        ("1.5 GB", 1_500_000_000),
+        ("2KiB", 2048),
+        ("7", 7),
+        ("3kb", 3000),
+    ],
+)
+def test_sizes(size: int | str, count: int) -> None:
+    assert recipe.parse_size(size) == count
+
+
+def test_budgets_become_rules_and_fixed_ranks_are_uniform() -> None:
+    assert Recipe(rank=4, text=TEXT).rule() == Fixed(4)
+    assert Recipe(keep=0.4, text=TEXT).rule() == Keep(0.4)
+    assert Recipe(energy=0.4, text=TEXT).rule() == Energy(0.4)
+    assert Recipe(size="1MB", text=TEXT).rule() is None
+    assert Recipe(rank=4, text=TEXT).resolved_method().allocation == "uniform"
+    assert Recipe(keep=0.4, text=TEXT).resolved_method().allocation == "curvature"
+    assert Recipe(keep=0.4, method="svd", form="pivoted").resolved_method().form == "pivoted"
+
+
+def test_every_preset_is_a_recipe() -> None:
+    for name in METHODS:
+        assert Recipe(keep=0.5, method=name, text=TEXT).resolved_method() == METHODS[name]

@@ -5,12 +5,15 @@ held-out text and lets both finish a sentence. The text is Python's own document
 Python has.
 """
 
+import os
 import pydoc_data.topics
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # the bars of what lies below
 
 import torch
 from smollm2 import fetch

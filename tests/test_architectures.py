@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import eckart
-from eckart import ModelError, models, plugin
+from eckart import ModelError, embeddings, hub, models, plugin
 from eckart.factors import FORMS, Form, LowRank, build
 from eckart.linalg import truncated_svd
 
@@ -94,9 +94,59 @@ def test_the_head_can_be_chosen_when_it_is_not_tied(
     assert torch.equal(logits(reload(tmp_path / "out"), tiny.tokens()), logits(model, tiny.tokens()))
 
 
-def test_a_tied_head_is_refused() -> None:
-    with pytest.raises(ModelError, match="lm_head shares its weight with model.embed_tokens"):
-        models.targets(tiny.build("llama"), include=["lm_head"])
+@pytest.mark.parametrize("method", ["svd", "fwsvd", "asvd", "svd-llm", "eckart"])
+@pytest.mark.parametrize("chosen", ["embed_tokens", "lm_head", "*"])
+def test_a_tied_table_is_factored_once_for_both(
+    method: str, chosen: str, compress: Compress, tmp_path: Path, tokenizer: Any
+) -> None:
+    dense = tiny.build("llama")
+    model, result = compress(dense, include=[chosen], method=method, keep=0.7, of="linears")
+    assert model.lm_head.codes.weight is model.model.embed_tokens.codes.weight
+    assert model.lm_head.up.weight is model.model.embed_tokens.up.weight
+    assert result.after.model == models.parameter_count(model)
+    before = logits(model, tiny.tokens())
+    eckart.save(model, tokenizer, tmp_path / "out", result)
+    assert result.after.bytes == hub.weight_bytes(tmp_path / "out")
+    again = reload(tmp_path / "out")
+    assert torch.equal(logits(again, tiny.tokens()), before)
+    assert again.lm_head.codes.weight is again.model.embed_tokens.codes.weight
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(reload(tmp_path / "again"), tiny.tokens()), before)
+    stock = eckart.densify(again)
+    assert stock.lm_head.weight is stock.model.embed_tokens.weight
+    assert torch.allclose(logits(stock, tiny.tokens()), before, atol=2e-4 * float(before.abs().max()))
+    stock.save_pretrained(tmp_path / "stock")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert torch.equal(logits(plain, tiny.tokens()), logits(stock, tiny.tokens()))
+
+
+def test_embeddings_and_head_of_their_own(compress: Compress, tmp_path: Path, tokenizer: Any) -> None:
+    model, _ = compress(tiny.build("opt"), include=["embed_tokens"], keep=0.8, of="linears")
+    assert set(models.low_rank_modules(model)) == {"model.decoder.embed_tokens", "lm_head"}
+    own = {"include": ["embed_tokens", "lm_head"], "allocation": "uniform"}
+    model, result = compress(tiny.build("phi"), keep=0.8, of="linears", **own)
+    assert [row.form for row in result.modules] == ["factored", "pivoted"]
+    eckart.save(model, tokenizer, tmp_path / "out", result)
+    assert torch.equal(logits(reload(tmp_path / "out"), tiny.tokens()), logits(model, tiny.tokens()))
+
+
+def test_a_tied_table_at_full_rank_is_exact(llama: Any) -> None:
+    before = logits(llama.double(), tiny.tokens())
+    target = models.targets(llama, ["lm_head"])[0]
+    svd = truncated_svd(models.weight(llama, target), min(target.shape))
+    table = embeddings.build_embedding(LowRank(svd.left * svd.values, svd.right))
+    models.replace(llama, target.name, table)
+    models.replace(llama, "lm_head", embeddings.tied_head(table))
+    models.tie(llama)
+    assert torch.allclose(logits(llama, tiny.tokens()), before, atol=1e-10 * float(before.abs().max()))
+
+
+def test_weights_shared_otherwise_are_refused() -> None:
+    model = tiny.build("llama-bias-untied")
+    layers = model.model.layers
+    layers[0].mlp.up_proj.weight = layers[1].mlp.up_proj.weight
+    with pytest.raises(ModelError, match=r"0.mlp.up_proj shares its weight with .*1.mlp.up_proj"):
+        models.targets(model)
 
 
 def test_include_and_exclude_are_globs(llama: Any) -> None:
@@ -110,7 +160,7 @@ def test_include_and_exclude_are_globs(llama: Any) -> None:
 def test_a_pattern_that_matches_nothing_suggests(llama: Any) -> None:
     with pytest.raises(ModelError, match=r"'qproj' matches none .* did you mean q_proj"):
         models.targets(llama, ["qproj"])
-    with pytest.raises(ModelError, match="names end in q_proj, k_proj"):
+    with pytest.raises(ModelError, match="names end in embed_tokens, q_proj, k_proj"):
         models.targets(llama, [], ["zzzzzzzz"])
     with pytest.raises(ModelError, match="no matrix left to treat"):
         models.targets(llama, ["q_proj"], ["*"])

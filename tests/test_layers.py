@@ -11,6 +11,7 @@ LAYERS = {
     "linalg": 1,
     "factors": 2,
     "stats": 2,
+    "embeddings": 3,
     "ranks": 3,
     "methods": 3,
     "environment": 3,
@@ -22,12 +23,13 @@ LAYERS = {
     "recipe": 5,
     "hub": 6,
     "calibrate": 6,
+    "factorize": 7,
     "budget": 6,
     "result": 6,
-    "pipeline": 7,
-    "report": 8,
-    "api": 9,
-    "cli": 10,
+    "pipeline": 8,
+    "report": 9,
+    "api": 10,
+    "cli": 11,
 }
 LOWEST_WITH_TRANSFORMERS = LAYERS["models"]
 FILES = sorted(path for path in SOURCE.glob("*.py") if path.stem != "__init__")

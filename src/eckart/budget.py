@@ -89,7 +89,8 @@ def _fixed(recipe: Recipe, target: Target) -> tuple[bool, Rule]:
 
 def _apply(rule: Rule, form: Form, target: Target, multiple: int, tail: Tensor | None) -> Choice:
     if rule is None:
-        return Choice(target, form, None)
+        return Choice(target, target.form(form), None)
+    form = target.form(form)
     if isinstance(rule, Energy):
         if tail is None:
             return Choice(target, form, None)
@@ -142,7 +143,7 @@ def _uniformly(recipe: Recipe, free: Sequence[Target], left: int) -> list[Choice
     form = recipe.resolved_method().form
     share = left / sum(target.size for target in free)
     rule = Keep(min(max(share, 1e-9), 1.0))
-    return [Choice(target, form, uniform(rule, form, target.shape, recipe.multiple)) for target in free]
+    return [_apply(rule, form, target, recipe.multiple, None) for target in free]
 
 
 def _by_curvature(
@@ -156,7 +157,11 @@ def _by_curvature(
     form = recipe.resolved_method().form
     curves: dict[str, Curve] = {
         target.name: curve(
-            form, target.shape, tails[target.name], multiple=recipe.multiple, unit=units[target.name]
+            target.form(form),
+            target.shape,
+            tails[target.name],
+            multiple=recipe.multiple,
+            unit=units[target.name],
         )
         for target in free
     }
@@ -167,7 +172,7 @@ def _by_curvature(
     choices = []
     for target in free:
         option, ranks = options[target.name], curves[target.name].ranks
-        choices.append(Choice(target, form, None if option == len(ranks) - 1 else ranks[option]))
+        choices.append(Choice(target, target.form(form), None if option == len(ranks) - 1 else ranks[option]))
     return choices
 
 
@@ -179,7 +184,7 @@ def fixed_bytes(model: torch.nn.Module, targets: Sequence[Target], form: Form, i
     """
     treated = {f"{target.name}.weight" for target in targets}
     header = sum(3 * (len(target.name) + 120) for target in targets) + 256
-    total = sum(index_bytes(form, target.shape) for target in targets)
+    total = sum(index_bytes(target.form(form), target.shape) for target in targets)
     for name, tensor in models.state_tensors(model).items():
         if name not in treated:
             size = itemsize if tensor.is_floating_point() else tensor.element_size()

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from .errors import ConfigError
 from .factors import Form
 from .linalg import Metric
@@ -85,6 +87,31 @@ def output_metric(method: Method, stats: Stats, name: str, size: int, damp: floa
     if method.outputs == "identity":
         return Metric(size)
     return Metric(size, stats.moment("gradient", name).mean(), damp)
+
+
+def tied_metrics(
+    method: Method, stats: Stats, table: str, head: str, shape: tuple[int, int], damp: float, alpha: float
+) -> tuple[Metric, Metric]:
+    """Return (H, C) for an embedding table, the map of `shape` (d, v), and the head that is tied to it.
+
+    Its error has two terms per token t, of the looked-up row and of the logit: the row's error e
+    costs f_t e^T C e + c_t e^T H e, with f the frequencies, C the gradients of rows, H the inputs of
+    the head and c the squared gradients of logits. The one metric that stands for both has the sum
+    of the (d, d) parts, and the mean of the (v,) parts weighted by the traces. Without gradients
+    the two terms have no common unit, and the head's decides alone.
+    """
+    dim, count = shape
+    if method.outputs == "identity":
+        return Metric(count), input_metric(method, stats, head, dim, damp, alpha)
+    frequency = stats.moment("gram", table).mean().double()
+    logit = stats.moment("gradient", head).mean().double()
+    if logit.ndim == 2:
+        logit = logit.diagonal()
+    rows = stats.moment("gradient", table).mean().double() * frequency.mean()
+    inputs = stats.moment("gram", head).mean().double() * logit.mean()
+    shares = torch.stack([rows.trace(), inputs.trace()]) / (rows.trace() + inputs.trace())
+    tokens = shares[0] * frequency / frequency.mean() + shares[1] * logit / logit.mean()
+    return Metric(count, tokens, damp), Metric(dim, rows + inputs, damp)
 
 
 def shortage(moment: Moment) -> int:

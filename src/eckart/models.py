@@ -6,13 +6,17 @@ import fnmatch
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .embeddings import FactoredEmbedding, FactoredHead, share
 from .errors import ModelError
-from .factors import LowRankLinear
+from .factors import Form, LowRankLinear
+
+LowRankModule = LowRankLinear | FactoredEmbedding | FactoredHead
 
 # Module kinds whose matrices are not projections: normalisation, position tables, short convolutions.
 _NOT_PROJECTIONS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d)
@@ -21,16 +25,40 @@ _UNTREATED_SHARE = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A matrix to treat: its dotted name, its shape (m, n) and whether it has a bias."""
+    """A matrix to treat: its dotted name and its shape (m, n).
+
+    An embedding table is the map from one-hot ids (n = vocabulary) to rows (m); `head` names the
+    output head that is tied to it, which is treated along with it.
+    """
 
     name: str
     shape: tuple[int, int]
-    bias: bool
+    embedding: bool = False
+    head: str | None = None
 
     @property
     def size(self) -> int:
         """Parameters of the dense matrix, bias not counted."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that hold it."""
+        return (self.name,) if self.head is None else (self.name, self.head)
+
+    def form(self, wanted: Form) -> Form:
+        """Return the form that it can have: a table is factored, whatever the others are."""
+        return "factored" if self.embedding else wanted
+
+
+def table_name(model: nn.Module) -> str | None:
+    """Return the name of the input embeddings if they are a plain nn.Embedding."""
+    getter = getattr(model, "get_input_embeddings", None)
+    table = getter() if getter else None
+    if type(table) is not nn.Embedding:
+        return None
+    names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return names[table]
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -61,25 +89,45 @@ def targets(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str
 
     Without `include`, every nn.Linear inside the transformer blocks: embeddings and the output
     head stay as they are. Patterns are globs on dotted names, whole or from a dot on
-    (`q_proj`, `layers.0.*`, `model.layers.*.mlp.*`).
+    (`q_proj`, `layers.0.*`, `model.layers.*.mlp.*`, `embed_tokens`, `lm_head`). A head that is
+    tied to the embeddings and the embeddings are one matrix: either name chooses it.
 
     Raises:
-        ModelError: nothing to treat, a pattern matches nothing, the matrices of the blocks are not
-            nn.Linear, or the output head is asked for while it is tied to the embeddings.
+        ModelError: nothing to treat, a pattern matches nothing, or the matrices of the blocks are
+            not nn.Linear.
     """
-    linears = linear_names(model)
-    chosen = _matching(linears, include) if include else _default_names(model, linears)
-    dropped = set(_matching(linears, exclude))
+    linears, table = linear_names(model), table_name(model)
+    legal = linears if table is None else [table, *linears]
+    chosen = _matching(legal, include) if include else _default_names(model, linears)
+    dropped = set(_matching(legal, exclude))
     chosen = [name for name in chosen if name not in dropped]
     if not chosen:
         raise ModelError(f"no matrix left to treat: exclude {list(exclude)} removes all of them")
+    head = None if table is None else _tied_head(model, table)
+    chosen = list(dict.fromkeys(str(table) if name == head else name for name in chosen))
     for name in chosen:
-        _refuse_tied(model, name)
-    return [_target(name, find(model, name)) for name in chosen]
+        _refuse_shared(model, name, (table, head))
+    return [_target(model, name, head if name == table else None) for name in chosen]
 
 
-def _target(name: str, module: nn.Linear) -> Target:
-    return Target(name, (module.out_features, module.in_features), module.bias is not None)
+def _tied_head(model: nn.Module, table: str) -> str | None:
+    weight: object = model.get_submodule(table).weight
+    return next((name for name in linear_names(model) if find(model, name).weight is weight), None)
+
+
+def _target(model: nn.Module, name: str, head: str | None) -> Target:
+    module = model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        return Target(name, (module.embedding_dim, module.num_embeddings), True, head)
+    linear = find(model, name)
+    return Target(name, (linear.out_features, linear.in_features))
+
+
+def weight(model: nn.Module, target: Target) -> Tensor:
+    """Return the matrix (m, n) of `target`, detached."""
+    found = model.get_submodule(target.name).weight
+    assert isinstance(found, Tensor)
+    return found.detach().T if target.embedding else found.detach()
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -141,15 +189,15 @@ def _refuse_untreatable(model: nn.Module, prefixes: tuple[str, ...]) -> None:
         )
 
 
-def _refuse_tied(model: nn.Module, name: str) -> None:
-    weight = find(model, name).weight
+def _refuse_shared(model: nn.Module, name: str, tied: tuple[str | None, str | None]) -> None:
+    weight = model.get_submodule(name).weight
     for owner, other in model.named_modules():
-        for parameter in other.parameters(recurse=False):
-            if parameter is weight and owner != name:
-                raise ModelError(
-                    f"{name} shares its weight with {owner}: factoring one of them would store both; "
-                    "leave it out, or untie them first"
-                )
+        shared = any(parameter is weight for parameter in other.parameters(recurse=False))
+        if shared and owner != name and {owner, name} != set(tied):
+            raise ModelError(
+                f"{name} shares its weight with {owner}: factoring one of them would store both; "
+                "leave it out, or untie them first"
+            )
 
 
 def find(model: nn.Module, name: str) -> nn.Linear:
@@ -164,9 +212,9 @@ def find(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def low_rank_modules(model: nn.Module) -> dict[str, LowRankLinear]:
+def low_rank_modules(model: nn.Module) -> dict[str, LowRankModule]:
     """Return the low-rank modules by name, in the order of the model."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, LowRankModule)}
 
 
 @torch.no_grad()
@@ -198,6 +246,24 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     return model
+
+
+def tie(model: Any) -> None:
+    """Make a factored head share the weights of the factored embeddings, and tell transformers so."""
+    found = low_rank_modules(model)
+    heads = {name: module for name, module in found.items() if isinstance(module, FactoredHead)}
+    tables = {name: module for name, module in found.items() if isinstance(module, FactoredEmbedding)}
+    for (head_name, head), (table_name, table) in zip(heads.items(), tables.items(), strict=False):
+        share(table, head)
+        keys = {f"{head_name}.{part}.weight": f"{table_name}.{part}.weight" for part in ("codes", "up")}
+        model._tied_weights_keys, model.all_tied_weights_keys = keys, dict(keys)
+
+
+def untie(model: Any) -> None:
+    """Give a model back the tied weights that its class has."""
+    model.__dict__.pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
 
 
 def parameter_count(model: nn.Module) -> int:

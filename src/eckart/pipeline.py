@@ -1,7 +1,6 @@
 """The main job: a model and a recipe in, a smaller model and a result out.
 
-Stages are values: statistics -> decompositions -> choices -> modules. Everything per matrix runs
-transformer block by transformer block, and a block's statistics are freed when it is factored.
+Stages are values: statistics -> decompositions -> choices -> modules.
 """
 
 import time
@@ -13,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import budget, hub, measure, memory, methods, models, plugin, text
+from . import budget, hub, measure, memory, models, plugin, text
 from .budget import Choice
 from .calibrate import Calibrated, calibrate
+from .embeddings import FactoredEmbedding, build_embedding, tied_head
 from .errors import ModelError, NotFinite
+from .factorize import Part, factor
 from .factors import LowRank, build
-from .linalg import Metric, WeightedSVD, check_matrix, weighted_svd
+from .linalg import WeightedSVD, check_matrix
 from .models import Target
 from .recipe import Recipe
 from .result import Module, Result, Sizes
@@ -93,7 +94,7 @@ class Prepared:
 
     loaded: hub.Loaded
     found: list[Target]
-    parts: dict[str, "Part"]
+    parts: dict[str, Part]
     before: Sizes
     held_out: Tensor | None
     own_text: bool
@@ -116,14 +117,15 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
     budget.choose(recipe, _limit(recipe, model, found, loaded.stored), found)
     for target in found:
-        check_matrix(models.find(model, target.name).weight.detach(), target.name)
+        check_matrix(models.weight(model, target), target.name)
     with run.stage("read text"):
         calibration, held_out, own_text = _windows(recipe, loaded.tokenizer, run)
     dense = _measure(run, "measure dense", model, held_out)
     with run.stage("calibrate") as progress:
         calibrated = _calibrated(recipe, model, found, calibration, progress)
     with run.stage("factor") as progress:
-        parts = _factor(recipe, model, found, calibrated, run, progress)
+        parts, lacking = factor(recipe, model, found, calibrated, progress)
+        run.warnings.extend(lacking)
     before = _sizes(model, found, output_dtype(recipe, loaded.stored))
     return Prepared(loaded, found, parts, before, held_out, own_text, dense, calibrated, run)
 
@@ -220,91 +222,13 @@ def _calibrated(
     return calibrate(
         model,
         windows,
-        [target.name for target in found],
+        [name for target in found for name in target.modules],
         statistics,
         gradient_windows=max(1, recipe.gradient_tokens // windows.shape[1]),
         labels=recipe.labels,
         generator=torch.Generator().manual_seed(recipe.seed),
         watch=progress,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A decomposed matrix; `unit * svd.tail()[r]` is the estimated loss per token of rank r."""
-
-    svd: WeightedSVD
-    unit: float
-
-
-def by_block(model: nn.Module, found: Sequence[Target]) -> list[list[Target]]:
-    """Group targets by transformer block, in order; those outside the blocks come last, together."""
-    prefixes = [f"{name}." for name in models.block_names(model)]
-    groups: list[list[Target]] = [[] for _ in range(len(prefixes) + 1)]
-    for target in found:
-        place = next((i for i, prefix in enumerate(prefixes) if target.name.startswith(prefix)), -1)
-        groups[place].append(target)
-    return [group for group in groups if group]
-
-
-def _factor(
-    recipe: Recipe,
-    model: nn.Module,
-    found: Sequence[Target],
-    calibrated: Calibrated,
-    run: _Run,
-    progress: measure.Progress,
-) -> dict[str, Part]:
-    parts: dict[str, Part] = {}
-    short: dict[str, int] = {}
-    for group in by_block(model, found):
-        parts |= factor_block(recipe, model, group, calibrated, short)
-        calibrated.stats.forget([target.name for target in group])
-        progress(len(parts), len(found))
-    for kind, need in short.items():
-        run.warnings.append(
-            f"too few tokens for the rank of some {kind} moments: {need:,} are needed, damping "
-            f"({recipe.damp:g}) fills the gap"
-        )
-    return parts
-
-
-def factor_block(
-    recipe: Recipe,
-    model: nn.Module,
-    group: Sequence[Target],
-    calibrated: Calibrated,
-    short: dict[str, int],
-) -> dict[str, Part]:
-    """Decompose the matrices of one block; matrices that read the same input share its metric's root."""
-    method, stats = recipe.resolved_method(), calibrated.stats
-    shared: dict[str, Metric] = {}
-    parts: dict[str, Part] = {}
-    for target in group:
-        outputs, inputs = target.shape
-        leader = stats.leader(target.name)
-        if leader not in shared:
-            shared[leader] = methods.input_metric(
-                method, stats, target.name, inputs, recipe.damp, recipe.alpha
-            )
-        metric = methods.output_metric(method, stats, target.name, outputs, recipe.damp)
-        weight = models.find(model, target.name).weight.detach()
-        parts[target.name] = Part(
-            weighted_svd(weight, shared[leader], metric), _unit(method, calibrated, target.name)
-        )
-        for kind in method.statistics():
-            moment = stats.moment(kind, target.name)
-            if methods.shortage(moment):
-                short[kind] = max(short.get(kind, 0), moment.total.shape[0])
-    return parts
-
-
-def _unit(method: methods.Method, calibrated: Calibrated, name: str) -> float:
-    """Return (N_module / N) / 2, which turns tr(C D H D^T) into loss per token; 1 where C is not known."""
-    if method.outputs != "gradient":
-        return 1.0
-    seen = calibrated.stats.moment("gradient", name).count
-    return seen / calibrated.gradient_tokens / 2
 
 
 def _replace(
@@ -332,35 +256,45 @@ def _replace(
             )
         )
         if choice.rank is not None:
-            _put(model, name, part.svd, choice, dtype)
+            _put(model, part.svd, choice, dtype)
         progress(done, len(choices))
     return rows
 
 
-def _put(model: nn.Module, name: str, svd: WeightedSVD, choice: Choice, dtype: torch.dtype) -> None:
-    linear = models.find(model, name)
-    bias = None if linear.bias is None else linear.bias.detach().to(svd.left)
+def _put(model: nn.Module, svd: WeightedSVD, choice: Choice, dtype: torch.dtype) -> None:
+    """Replace the dense module of `choice` (and the head that is tied to it) by a low-rank one."""
+    name, dense = choice.target.name, model.get_submodule(choice.target.name)
     low_rank = LowRank(svd.left[:, : choice.rank], svd.right[: choice.rank])
+    module: nn.Module
+    if isinstance(dense, nn.Embedding):
+        module = build_embedding(low_rank, dense.padding_idx)
+    else:
+        bias = models.find(model, name).bias
+        module = build(low_rank, choice.form, None if bias is None else bias.detach().to(svd.left))
     # float64 to the output dtype at once: by way of the dtype computed in, it would be rounded twice.
-    module = build(low_rank, choice.form, bias).to(dtype).to(linear.weight.dtype)
-    models.replace(model, name, module.to(linear.weight.device))
+    own = next(dense.parameters())
+    module = module.to(dtype).to(own.dtype).to(own.device)
+    models.replace(model, name, module)
+    if choice.target.head is not None and isinstance(module, FactoredEmbedding):
+        head = models.find(model, choice.target.head)
+        models.replace(model, choice.target.head, tied_head(module, head.bias))
+        models.tie(model)
 
 
 def _sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:
-    modules = dict(model.named_modules())
-    linears = sum(
-        parameter.numel()
-        for target in found
-        for name, parameter in modules[target.name].named_parameters()
-        if not name.endswith("bias")
-    )
+    tables = [model.get_submodule(target.name) for target in found]
+    owners = [model.get_submodule(name) for target in found for name in target.modules]
     return Sizes(
-        linears=linears,
+        linears=sum(_weights(module) for module in tables),
         model=models.parameter_count(model),
-        linear_flops=2 * linears,
+        linear_flops=sum(models.flops_per_token(module) for module in owners),
         model_flops=models.flops_per_token(model),
         bytes=hub.accounted_bytes(_written(model), dtype),
     )
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(tensor.numel() for name, tensor in module.named_parameters() if not name.endswith("bias"))
 
 
 def _written(model: Any) -> dict[str, Tensor]:

@@ -26,11 +26,13 @@ from transformers.quantizers import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import models
+from .embeddings import FactoredEmbedding, FactoredHead, dense_embedding
 from .errors import StoreError
 from .factors import FORMS, MODULES
 
 NAME = "eckart"
 FORMAT = 1
+KINDS = (*FORMS, FactoredEmbedding.kind, FactoredHead.kind)
 GUARD = "eckart: this model needs the eckart package; pip install eckart, and import eckart first"
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
@@ -40,7 +42,8 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What config.json says of a low-rank model.
 
     Args:
-        modules: dotted name -> {"kind": "factored" | "pivoted", "rank": r}.
+        modules: dotted name -> {"kind": k, "rank": r}, where k is factored or pivoted for an
+            nn.Linear, embedding for an nn.Embedding, head for an nn.Linear that is tied to it.
         format: version of this declaration and of the tensors' names.
 
     Raises:
@@ -79,10 +82,10 @@ def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
     if not _LEGAL_NAME.fullmatch(name):
         raise StoreError(f"config.json declares a module {name!r}: not a dotted module name")
     rank = spec.get("rank")
-    if spec.get("kind") not in FORMS or not isinstance(rank, int) or rank < 1 or len(spec) != 2:
+    if spec.get("kind") not in KINDS or not isinstance(rank, int) or rank < 1 or len(spec) != 2:
         raise StoreError(
             f"config.json declares {name} as {dict(spec)}: legal is a kind of "
-            f"{', '.join(FORMS)} and a rank of at least 1"
+            f"{', '.join(KINDS)} and a rank of at least 1"
         )
 
 
@@ -162,21 +165,31 @@ def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
     Raises:
         StoreError: a declared name is not an nn.Linear of the model, or a rank does not fit it.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    modules: dict[str, Any] = dict(model.named_modules())
     for name, spec in config.modules.items():
-        linear = linears.get(name)
-        if linear is None:
-            raise StoreError(f"config.json declares {name}, which is no nn.Linear of {type(model).__name__}")
-        if spec["rank"] > min(linear.out_features, linear.in_features):
+        dense: Any = modules.get(name)
+        rank: int = spec["rank"]
+        kind: type[nn.Module] = nn.Embedding if spec["kind"] == FactoredEmbedding.kind else nn.Linear
+        if type(dense) is not kind:
             raise StoreError(
-                f"config.json declares rank {spec['rank']} for {name}, which is "
-                f"{linear.out_features} x {linear.in_features}"
+                f"config.json declares {name}, which is no nn.{kind.__name__} of {type(model).__name__}"
             )
+        shape = tuple(dense.weight.shape)
+        if rank > min(shape):
+            raise StoreError(f"config.json declares rank {rank} for {name}, which is {shape[0]} x {shape[1]}")
         with torch.device("meta"):
-            module = MODULES[spec["kind"]](
-                linear.in_features, linear.out_features, spec["rank"], linear.bias is not None
-            )
-        models.replace(model, name, module.to(linear.weight.dtype))
+            module = _empty(spec["kind"], dense, rank)
+        models.replace(model, name, module.to(dense.weight.dtype))
+    models.tie(model)
+
+
+def _empty(kind: str, dense: Any, rank: int) -> nn.Module:
+    """Return the low-rank module of `kind` that stands for `dense`, uninitialised."""
+    if isinstance(dense, nn.Embedding):
+        return FactoredEmbedding(dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
+    makers: dict[str, type[Any]] = {"head": FactoredHead, **{form: MODULES[form] for form in FORMS}}
+    module: nn.Module = makers[kind](dense.in_features, dense.out_features, rank, dense.bias is not None)
+    return module
 
 
 def check_files(model: nn.Module, files: list[Path]) -> None:
@@ -191,10 +204,11 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
     held: dict[str, list[int]] = {}
     for file in files:
         held |= read_shapes(file)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
     for name, module in models.low_rank_modules(model).items():
         for key, tensor in module.state_dict().items():
             shape = held.get(f"{name}.{key}")
-            if shape != list(tensor.shape):
+            if f"{name}.{key}" not in tied and shape != list(tensor.shape):
                 raise StoreError(
                     f"{name}.{key} should have shape {list(tensor.shape)} by config.json and has "
                     f"{shape or 'no tensor'} in the weight files: the folder is damaged or mixed"
@@ -246,8 +260,18 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model: a model with low-rank modules (without any, it is returned as it is).
         dtype: cast the result, a torch.dtype or its name; default: as it is.
     """
+    tied = False
     for name, module in models.low_rank_modules(model).items():
-        models.replace(model, name, models.dense_linear(module))
+        if isinstance(module, FactoredHead):
+            dense = nn.Linear(module.in_features, module.out_features, False, "meta")
+            dense.bias, tied = module.codes.bias, True
+            models.replace(model, name, dense)
+        elif isinstance(module, FactoredEmbedding):
+            models.replace(model, name, dense_embedding(module))
+        else:
+            models.replace(model, name, models.dense_linear(module))
+    if tied:
+        models.untie(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, EckartQuantizer):
         quantizer.remove_quantization_config(model)

@@ -100,6 +100,13 @@ def _second_moment(rows: Tensor) -> Tensor:
     return rows.T @ rows if rows.shape[1] <= WIDEST_FULL else rows.square().sum(0)
 
 
+def _weight_gradient(rows: Tensor, inputs: Tensor, width: int) -> Tensor:
+    """Return the gradient (m, n) of the weight, from those of the outputs and from the inputs."""
+    if inputs.is_floating_point():
+        return rows.T @ _rows(inputs)
+    return rows.new_zeros(width, rows.shape[1]).index_add_(0, inputs.flatten(), rows).T
+
+
 @dataclass(slots=True)
 class _Collector:
     stats: Stats
@@ -125,8 +132,11 @@ class _Collector:
             )
         return leader == name
 
-    def on_input(self, name: str, inputs: Tensor) -> None:
+    def on_input(self, name: str, inputs: Tensor, width: int) -> None:
         if not self.is_first_reader(name, inputs):
+            return
+        if not inputs.is_floating_point():
+            self.on_ids(name, inputs, width)
             return
         rows = _rows(inputs)
         if "gram" in self.wanted:
@@ -134,7 +144,16 @@ class _Collector:
         if "absolute" in self.wanted:
             self.add("absolute", name, rows.abs().sum(0), len(rows))
 
-    def on_output(self, name: str, inputs: Tensor, output: Tensor) -> None:
+    def on_ids(self, name: str, ids: Tensor, width: int) -> None:
+        """An id is a one-hot input: both statistics are its frequency, by Laplace's rule of succession."""
+        for statistic in _OF_INPUT:
+            if statistic in self.wanted:
+                counts = torch.bincount(ids.flatten(), minlength=width)
+                if (statistic, name) not in self.stats.moments:
+                    self.add(statistic, name, torch.ones_like(counts, dtype=torch.float32), width)
+                self.add(statistic, name, counts, ids.numel())
+
+    def on_output(self, name: str, inputs: Tensor, output: Tensor, width: int) -> None:
         if not output.requires_grad or not {"gradient", "fisher"} & self.wanted:
             return
         kept = inputs.detach() if "fisher" in self.wanted else None
@@ -144,7 +163,7 @@ class _Collector:
             if "gradient" in self.wanted:
                 self.add("gradient", name, _second_moment(rows), len(rows))
             if kept is not None:
-                self.add("fisher", name, (rows.T @ _rows(kept)).square().sum(0), 1)
+                self.add("fisher", name, _weight_gradient(rows, kept, width).square().sum(0), 1)
 
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
@@ -190,7 +209,8 @@ def _hook(collector: _Collector, name: str) -> Callable[[nn.Module, tuple[Tensor
     def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not args:
             raise ModelError(f"{name} is called by keyword: leave it out with --exclude")
-        collector.on_input(name, args[0])
-        collector.on_output(name, args[0], output)
+        width = module.num_embeddings if isinstance(module, nn.Embedding) else args[0].shape[-1]
+        collector.on_input(name, args[0], width)
+        collector.on_output(name, args[0], output, width)
 
     return on_forward

@@ -1,0 +1,104 @@
+"""From weights and statistics to decompositions, transformer block by transformer block.
+
+A block's statistics are freed when it is factored, so that an executor may own one block at a time.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from . import methods, models
+from .calibrate import Calibrated
+from .linalg import Metric, WeightedSVD, weighted_svd
+from .models import Target
+from .recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A decomposed matrix; `unit * svd.tail()[r]` is the estimated loss per token of rank r."""
+
+    svd: WeightedSVD
+    unit: float
+
+
+def by_block(model: nn.Module, found: Sequence[Target]) -> list[list[Target]]:
+    """Group targets by transformer block, in order; those outside the blocks come last, together."""
+    prefixes = [f"{name}." for name in models.block_names(model)]
+    groups: list[list[Target]] = [[] for _ in range(len(prefixes) + 1)]
+    for target in found:
+        place = next((i for i, prefix in enumerate(prefixes) if target.name.startswith(prefix)), -1)
+        groups[place].append(target)
+    return [group for group in groups if group]
+
+
+def factor(
+    recipe: Recipe,
+    model: nn.Module,
+    found: Sequence[Target],
+    calibrated: Calibrated,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, Part], list[str]]:
+    """Return the decomposition of every target, and warnings about moments that lack tokens.
+
+    The statistics are used up: those of a block are freed as soon as it is done.
+    """
+    parts: dict[str, Part] = {}
+    short: dict[str, int] = {}
+    for group in by_block(model, found):
+        parts |= factor_block(recipe, model, group, calibrated, short)
+        calibrated.stats.forget([name for target in group for name in target.modules])
+        progress(len(parts), len(found))
+    warnings = [
+        f"too few tokens for the rank of some {kind} moments: {need:,} are needed, damping "
+        f"({recipe.damp:g}) fills the gap"
+        for kind, need in short.items()
+    ]
+    return parts, warnings
+
+
+def factor_block(
+    recipe: Recipe,
+    model: nn.Module,
+    group: Sequence[Target],
+    calibrated: Calibrated,
+    short: dict[str, int],
+) -> dict[str, Part]:
+    """Decompose the matrices of one block; matrices that read the same input share its metric's root."""
+    method, stats = recipe.resolved_method(), calibrated.stats
+    shared: dict[str, Metric] = {}
+    parts: dict[str, Part] = {}
+    for target in group:
+        metrics = _metrics(recipe, target, calibrated, shared)
+        svd = weighted_svd(models.weight(model, target), *metrics)
+        parts[target.name] = Part(svd, _unit(method, calibrated, target.name))
+        for kind in method.statistics():
+            moment = stats.moment(kind, target.name)
+            if methods.shortage(moment):
+                short[kind] = max(short.get(kind, 0), moment.total.shape[0])
+    return parts
+
+
+def _metrics(
+    recipe: Recipe, target: Target, calibrated: Calibrated, shared: dict[str, Metric]
+) -> tuple[Metric, Metric]:
+    """Return H and C of one matrix; `shared` holds the H of the inputs seen so far in the block."""
+    method, stats = recipe.resolved_method(), calibrated.stats
+    damp, alpha = recipe.damp, recipe.alpha
+    if target.head is not None:
+        return methods.tied_metrics(method, stats, target.name, target.head, target.shape, damp, alpha)
+    outputs, inputs = target.shape
+    # A Fisher diagonal belongs to one weight; the other input statistics to all that read the input.
+    leader = target.name if method.inputs == "fisher" else stats.leader(target.name)
+    if leader not in shared:
+        shared[leader] = methods.input_metric(method, stats, target.name, inputs, damp, alpha)
+    return shared[leader], methods.output_metric(method, stats, target.name, outputs, damp)
+
+
+def _unit(method: methods.Method, calibrated: Calibrated, name: str) -> float:
+    """Return (N_module / N) / 2, which turns tr(C D H D^T) into loss per token; 1 where C is not known."""
+    if method.outputs != "gradient":
+        return 1.0
+    seen = calibrated.stats.moment("gradient", name).count
+    return seen / calibrated.gradient_tokens / 2

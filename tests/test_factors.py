@@ -47,11 +47,12 @@ def some_low_rank() -> LowRank:
 
 
 def ill_conditioned() -> LowRank:
-    """The factors that the metric of a 24 x 32 matrix leaves behind: condition 1e12, product of order 1."""
-    basis = torch.linalg.qr(gaussian(24, 24)).Q
-    curvature = (basis * torch.logspace(-11, 1, 24, dtype=torch.float64)) @ basis.T
-    found = weighted_svd(gaussian(24, 32, seed=1), Metric(32), Metric(24, curvature))
-    return LowRank(found.left[:, :16], found.right[:16])
+    """Factors of order 1e4 whose product is of order 1: outputs that matter read inputs that are quiet."""
+    curvature = torch.logspace(-4, 4, 12, dtype=torch.float64)
+    energy = torch.cat([1 / curvature, torch.ones(4, dtype=torch.float64)])
+    mixing = gaussian(12, 16) * (1 / curvature[:, None] / energy).sqrt().clamp(max=1)
+    found = weighted_svd(mixing, Metric(16, energy), Metric(12, curvature))
+    return LowRank(found.left, found.right)
 
 
 # one map, every form
@@ -143,8 +144,8 @@ def test_a_converted_module_computes_to_the_rounding_of_its_dtype(form: Form, dt
     with torch.no_grad():
         found = module(inputs.to(dtype))
     assert found.dtype == dtype
-    assert (found - expected).norm() <= rounding(expected, 2, dtype)
-    assert (inputs @ low_rank.dense().T - expected).norm() > rounding(expected, 2, dtype)
+    assert (found - expected).norm() <= rounding(expected, 1, dtype)
+    assert (inputs @ low_rank.dense().T - expected).norm() > rounding(expected, 1, dtype)
     assert module.dense_bias() is not None
 
 
@@ -194,10 +195,8 @@ def test_balancing_changes_the_factors_and_not_the_product(low_rank: LowRank) ->
     found = low_rank.balanced()
     assert (found.dense() - dense).norm() <= rounding(dense)
     cross = found.left.T @ found.left
-    squares = found.right.square().sum(1)
-    assert (cross.diagonal() - found.right.norm(dim=1)).norm() <= rounding(cross)
     assert (cross - cross.diagonal().diag()).norm() <= rounding(cross)
-    assert (cross.diagonal().square() - squares).norm() <= rounding(squares[None]) * 10
+    assert (cross.diagonal() - found.right.square().sum(1)).norm() <= rounding(cross)
     if len(cross) > 1:
         raw = low_rank.left.T @ low_rank.left
         assert (raw - raw.diagonal().diag()).norm() > rounding(raw)
@@ -300,7 +299,8 @@ def test_dependent_columns_have_no_pivots() -> None:
     assert build(LowRank(dependent.left.double(), dependent.right), "factored").rank == 3
 
 
-@pytest.mark.xfail(strict=True, reason="a pivoted bias is only indexed, so what is left over is dropped")
-def test_a_bias_of_the_wrong_length_is_refused() -> None:
-    with pytest.raises((ConfigError, RuntimeError)):
-        build(some_low_rank(), "pivoted", torch.ones(11))
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("length", [8, 11])
+def test_a_bias_of_the_wrong_length_is_refused(form: Form, length: int) -> None:
+    with pytest.raises(ConfigError, match=rf"bias of shape \({length},\) for 9 outputs"):
+        build(some_low_rank(), form, torch.ones(length))

@@ -58,7 +58,8 @@ def with_spectrum(values: Tensor, shape: tuple[int, int], generator: torch.Gener
 
 @st.composite
 def matrices(draw: st.DrawFn) -> Tensor:
-    values = torch.tensor(draw(st.lists(st.floats(0, 1e3), min_size=1, max_size=8)), dtype=torch.float64)
+    value = st.one_of(st.just(0.0), st.floats(1e-9, 1e3))
+    values = torch.tensor(draw(st.lists(value, min_size=1, max_size=8)), dtype=torch.float64)
     shape = (len(values), len(values) + draw(st.integers(0, 6)))
     matrix = with_spectrum(values, shape, seeded(draw(SEEDS)))
     return matrix.T if draw(st.booleans()) else matrix
@@ -91,7 +92,8 @@ class Problem:
 
 def root(moment: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(moment)
-    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    rooted: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    return rooted
 
 
 def moment(kind: str, size: int, generator: torch.Generator) -> Tensor | None:
@@ -196,11 +198,12 @@ def test_every_weighted_truncation_costs_its_tail(
 def test_the_weighted_spectrum_is_that_of_the_rooted_matrix(
     kinds: tuple[str, str], rows: int, columns: int, seed: int, deficient: bool
 ) -> None:
-    # The Gram matrix squares the condition number, so values are right to sqrt(eps) of the largest.
+    # The Gram matrix squares the condition number, so every value is right to about
+    # sqrt(eps) = 1.5e-8 of the largest, times the root of the size.
     rank = max(1, min(rows, columns) // 2) if deficient else None
     case = problem((rows, columns), kinds, seed, rank)
     expected = torch.linalg.svdvals(case.rooted())
-    absolute = 1e-8 * float(expected[0]) * max(rows, columns) ** 0.5
+    absolute = 3e-8 * float(expected[0]) * max(rows, columns) ** 0.5
     assert (case.solve().spectrum - expected).abs().max() <= absolute
     if kinds != ("identity", "identity"):
         assert (torch.linalg.svdvals(case.weight) - expected).abs().max() > absolute
@@ -363,11 +366,6 @@ def test_fewer_tokens_than_channels_are_refused_where_the_metric_is_inverted() -
         weighted_svd(gaussian(8, 5, seeded(4)), Metric(5, inputs.T @ inputs), Metric(8))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=NotPositiveDefinite,
-    reason="weighted_error asks for the outputs' _roots, which always forms the inverse root too",
-)
 def test_a_weighted_error_needs_no_inverse() -> None:
     curvature = torch.diag(torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
     error = gaussian(3, 2, seeded(5))
@@ -375,10 +373,12 @@ def test_a_weighted_error_needs_no_inverse() -> None:
     assert weighted_error(error, Metric(2), Metric(3, curvature)) == pytest.approx(expected)
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the sizes of the metrics are not checked")
-def test_metrics_of_the_wrong_size_are_refused_by_name() -> None:
-    with pytest.raises(ConfigError):
-        weighted_svd(gaussian(4, 3, seeded(0)), Metric(5, torch.ones(5)), Metric(4))
+@pytest.mark.parametrize(("inputs", "outputs"), [(5, 4), (3, 5), (1, 4), (4, 3)])
+def test_metrics_of_the_wrong_size_are_refused(inputs: int, outputs: int) -> None:
+    message = f"a weight of 4 x 3 with metrics for {outputs} outputs and {inputs} inputs"
+    for moment in (None, torch.ones(inputs)):
+        with pytest.raises(ConfigError, match=message):
+            weighted_svd(gaussian(4, 3, seeded(0)), Metric(inputs, moment), Metric(outputs))
 
 
 # randomised SVD
@@ -500,10 +500,10 @@ def test_a_metric_agrees_with_its_matrix(kind: str, size: int, columns: int, see
     allowed = rounding(matrix, 10 * SPREAD)
     assert (rooted - root(full) @ matrix).norm() <= allowed
     assert (metric.inverse_root_times(rooted) - matrix).norm() <= allowed
-    assert (metric.quadratic(matrix.T) - matrix.T @ full @ matrix).norm() <= allowed * matrix.norm()
+    assert (metric.times(matrix) - full @ matrix).norm() <= allowed
     if kind != "identity":
         assert (rooted - matrix).norm() > allowed
-        assert (metric.quadratic(matrix.T) - matrix.T @ matrix).norm() > allowed * matrix.norm()
+        assert (metric.times(matrix) - matrix).norm() > allowed
 
 
 @given(size=SIDES, damp=st.floats(1e-3, 10), seed=SEEDS)
@@ -515,16 +515,16 @@ def test_damping_adds_a_fraction_of_the_mean_of_the_diagonal(size: int, damp: fl
     eye = torch.eye(size, dtype=torch.float64)
     full, diagonal = Metric(size, gram, damp), Metric(size, gram.diagonal(), damp)
     allowed = rounding(gram + added)
-    assert (full.quadratic(eye) - gram - added).norm() <= allowed
-    assert (full.quadratic(eye) - gram).norm() > allowed
-    assert (diagonal.quadratic(eye) - gram.diagonal().diag() - added).norm() <= allowed
+    assert (full.times(eye) - gram - added).norm() <= allowed
+    assert (full.times(eye) - gram).norm() > allowed
+    assert (diagonal.times(eye) - gram.diagonal().diag() - added).norm() <= allowed
     scaled = Metric(size, 7 * gram, damp)
-    assert (scaled.quadratic(eye) - 7 * full.quadratic(eye)).norm() <= 7 * allowed
+    assert (scaled.times(eye) - 7 * full.times(eye)).norm() <= 7 * allowed
 
 
 def test_rounding_asymmetry_of_a_metric_is_averaged_away() -> None:
     gram = torch.tensor([[2.0, 0.5], [0.25, 1.0]])
-    found = Metric(2, gram).quadratic(torch.eye(2, dtype=torch.float64))
+    found = Metric(2, gram).times(torch.eye(2, dtype=torch.float64))
     assert torch.equal(found, found.T)
     assert torch.equal(found, ((gram + gram.T) / 2).double())
 
@@ -601,14 +601,14 @@ def test_what_is_not_a_finite_matrix_is_refused(name: str) -> None:
         matrix[1, 1] = broken
         with pytest.raises(NotFinite, match=r"\(3, 2\) has 1 NaN or infinite entries: repair the weights"):
             entry(matrix)
-    for shape in ((0, 2), (3, 0)):
+    for empty in ((0, 2), (3, 0)):
         with pytest.raises(
             ConfigError, match=r"has shape .*: give a matrix with at least one row and column"
         ):
-            entry(torch.zeros(shape))
-    for shape in ((3,), (3, 2, 1)):
+            entry(torch.zeros(empty))
+    for dimensions in ((3,), (3, 2, 1)):
         with pytest.raises(ConfigError, match=r"has shape .*: give a matrix with"):
-            entry(torch.ones(shape))
+            entry(torch.ones(dimensions))
 
 
 @pytest.mark.parametrize("decompose", [truncated_svd, randomized_svd])
@@ -681,7 +681,11 @@ def hilbert(rank: int) -> Tensor:
 NASTY: dict[str, Tensor] = {
     "lower growth 10": lower_growth(10),
     "lower growth 40": lower_growth(40),
+    "lower growth 100": lower_growth(100),
     "wilkinson 8": wilkinson(8),
+    "wilkinson 40": wilkinson(40),
+    "wilkinson 60": wilkinson(60),
+    "wilkinson 60, orthonormal": torch.linalg.qr(wilkinson(60)).Q,
     "kahan 30": kahan(30),
     "kahan 80": kahan(80),
     "hilbert 6": hilbert(6),
@@ -708,24 +712,12 @@ def test_as_many_rows_as_columns_leave_no_multipliers() -> None:
     assert found.pivots.tolist() == [0, 1, 2, 3, 4]
 
 
-DRIFT = "multipliers that started at 2^(rank - 2) drift past the stopping rule and are not checked again"
-GROWTH = "LU with partial pivoting, in the start and in the last solve, is taken for exact"
-
-
-@pytest.mark.xfail(strict=True, reason=DRIFT)
-@pytest.mark.parametrize("rank", [60, 100])
-def test_the_bound_holds_after_large_growth(rank: int) -> None:
-    left = lower_growth(rank)
-    assert torch.linalg.cond(left) < 100
-    check_skeleton(left, 2.0)
-
-
-@pytest.mark.xfail(strict=True, reason=GROWTH)
-@pytest.mark.parametrize("rank", [20, 40, 60])
-def test_independent_columns_are_reproduced_to_rounding(rank: int) -> None:
-    left = wilkinson(rank)
+def test_lu_alone_loses_rows_that_are_well_conditioned() -> None:
+    left = wilkinson(40)
+    pivots, rest = left[:40], left[40:]
     assert torch.linalg.cond(left) < 20
-    check_skeleton(left, 2.0)
+    untreated = torch.linalg.solve(pivots, rest, left=False)
+    assert (untreated @ pivots - rest).norm() > rounding(left)
 
 
 def test_illegal_pivoting_is_refused() -> None:

@@ -35,20 +35,14 @@ def any_curve(draw: st.DrawFn) -> Curve:
 @st.composite
 def convex_curve(draw: st.DrawFn, step: int | None = None) -> Curve:
     """Gains per cost that fall; every step costs `step`, or what is drawn."""
-    slopes = sorted(draw(st.lists(st.integers(0, 20), min_size=0, max_size=4)))
-    costs, losses = [draw(st.integers(1, 9))], [0]
+    slopes = sorted(draw(st.lists(st.integers(0, 20), max_size=4)))
+    costs, losses = [0], [0]
     for slope in slopes:
         cost = draw(st.integers(1, 9)) if step is None else step
         losses.append(losses[-1] + slope * cost)
         costs.append(costs[-1] + cost)
-    return made(costs, losses[::-1] if step is not None else _descending(costs, slopes))
-
-
-def _descending(costs: list[int], slopes: list[int]) -> list[int]:
-    losses = [0]
-    for slope, (first, second) in zip(slopes, reversed(list(pairwise(costs))), strict=True):
-        losses.append(losses[-1] + slope * (second - first))
-    return losses[::-1]
+    first = draw(st.integers(1, 9))
+    return made([first + costs[-1] - cost for cost in reversed(costs)], losses[::-1])
 
 
 def named(curves: st.SearchStrategy[Curve]) -> st.SearchStrategy[dict[str, Curve]]:
@@ -187,16 +181,17 @@ def test_no_matrices_need_no_budget() -> None:
     assert allocate({}, 0) == {}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="slopes of equal steps differ by rounding, so hull steps are taken out of order and undone",
-)
 def test_equal_singular_values_are_spent_in_order() -> None:
     spectrum = torch.tensor([0.3] * 5 + [0.003] * 5, dtype=torch.float64)
     tail = WeightedSVD(spectrum, spectrum, spectrum).tail()
     found = curve("factored", (10, 20), tail)
     chosen = allocate({"a": found}, parameters("factored", (10, 20), 5))
     assert found.ranks[chosen["a"]] == 5
+
+
+def test_equal_gains_are_spent_before_smaller_ones() -> None:
+    curves = {"small": made([1, 2], [1, 0]), "large": made([1, 2, 3], [4, 2, 0])}
+    assert allocate(curves, 3) == {"small": 0, "large": 1}
 
 
 def test_a_budget_below_the_least_is_refused() -> None:
@@ -217,7 +212,7 @@ def test_the_hull_is_convex_falls_and_lies_below_every_option(found: Curve) -> N
     ]
     assert chain[0] == 0
     assert found.losses[chain[-1]] == min(found.losses)
-    assert all(first < second < 0 for first, second in pairwise(slopes))
+    assert all(first <= second for first, second in pairwise(slopes))
     assert all(slope < 0 for slope in slopes)
     for (start, end), slope in zip(pairwise(chain), slopes, strict=True):
         for option in range(start, end + 1):
@@ -227,13 +222,10 @@ def test_the_hull_is_convex_falls_and_lies_below_every_option(found: Curve) -> N
 
 @given(found=convex_curve())
 @FAST
-def test_a_convex_curve_is_its_own_hull_but_for_collinear_options(found: Curve) -> None:
+def test_a_convex_curve_is_its_own_hull(found: Curve) -> None:
     chain = hull(found.costs, found.losses)
-    for option in set(range(chain[-1])) - set(chain):
-        below, above = option - 1, option + 1
-        first = (found.losses[option] - found.losses[below]) * (found.costs[above] - found.costs[option])
-        second = (found.losses[above] - found.losses[option]) * (found.costs[option] - found.costs[below])
-        assert first == second
+    assert chain == list(range(len(chain)))
+    assert found.losses[chain[-1]] == 0
 
 
 # curves

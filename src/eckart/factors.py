@@ -189,14 +189,17 @@ def build(low_rank: LowRank, form: Form, bias: Tensor | None = None) -> LowRankL
     Convert it afterwards: every product is formed before any rounding to the final dtype.
 
     Raises:
-        ConfigError: form is not one of FORMS.
+        ConfigError: form is not one of FORMS, or the bias does not fit.
         NotPositiveDefinite: `form` is pivoted and the left factor has dependent columns.
     """
     if form not in FORMS:
         raise ConfigError(f"form {form!r}: legal are {', '.join(FORMS)}")
     rank, inputs = low_rank.right.shape
+    outputs = low_rank.left.shape[0]
+    if bias is not None and tuple(bias.shape) != (outputs,):
+        raise ConfigError(f"bias of shape {tuple(bias.shape)} for {outputs} outputs")
     with torch.device("meta"):
-        module = MODULES[form](inputs, low_rank.left.shape[0], rank, bias is not None)
+        module = MODULES[form](inputs, outputs, rank, bias is not None)
     module = module.to(torch.float64).to_empty(device=low_rank.left.device)
     if isinstance(module, FactoredLinear):
         _fill_factored(module, low_rank, bias)

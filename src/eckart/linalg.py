@@ -13,6 +13,8 @@ from torch import Tensor
 from .errors import ConfigError, NotFinite, NotPositiveDefinite, RankError
 
 NO_FLOAT64 = ("mps",)
+_LU_GROWTH = 1e6
+_SWAP_MARGIN = 1 - 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,21 +164,34 @@ class Metric:
         moment = (moment + moment.T) / 2
         return moment + damp * moment.diagonal().mean() * torch.eye(self.size).to(moment)
 
-    def quadratic(self, matrix: Tensor) -> Tensor:
-        """Return `matrix @ M @ matrix.T` for `matrix` (k, size)."""
-        if self.moment is None:
-            return matrix @ matrix.T
-        product = matrix * self.moment if self.moment.ndim == 1 else matrix @ self.moment
-        return product @ matrix.T
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return `M @ matrix` for `matrix` (size, k)."""
+        return _apply(self.moment, matrix)
 
     @cached_property
-    def _roots(self) -> tuple[Tensor, Tensor]:
+    def _eigen(self) -> tuple[Tensor, Tensor | None]:
+        """Return the eigenvalues, and the eigenvectors unless the metric is diagonal."""
         if self.moment is None:
-            raise ConfigError("the identity metric needs no root")
+            return torch.ones(self.size, dtype=torch.float64), None
         if self.moment.ndim == 1:
-            values, vectors = self.moment, None
-        else:
-            values, vectors = torch.linalg.eigh(self.moment)
+            return self.moment.clamp(min=0), None
+        values, vectors = torch.linalg.eigh(self.moment)
+        return values.clamp(min=0), vectors
+
+    def _power(self, exponent: float) -> Tensor | None:
+        if self.moment is None:
+            return None
+        values, vectors = self._eigen
+        powers = values.pow(exponent)
+        return powers if vectors is None else (vectors * powers) @ vectors.T
+
+    @cached_property
+    def _root(self) -> Tensor | None:
+        return self._power(0.5)
+
+    @cached_property
+    def _inverse_root(self) -> Tensor | None:
+        values = self._eigen[0]
         floor = float(values.max()) * self.size * torch.finfo(torch.float64).eps
         if float(values.min()) <= floor:
             raise NotPositiveDefinite(
@@ -184,14 +199,11 @@ class Metric:
                 f"largest {float(values.max()):.3g} and must be inverted: raise `damp`, "
                 f"or calibrate on more than {self.size} tokens"
             )
-        root = values.sqrt()
-        if vectors is None:
-            return root, 1 / root
-        return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+        return self._power(-0.5)
 
     def root_times(self, matrix: Tensor) -> Tensor:
         """Return `M^(1/2) @ matrix` for `matrix` (size, k)."""
-        return self._times(0, matrix)
+        return _apply(self._root, matrix)
 
     def inverse_root_times(self, matrix: Tensor) -> Tensor:
         """Return `M^(-1/2) @ matrix` for `matrix` (size, k).
@@ -199,13 +211,14 @@ class Metric:
         Raises:
             NotPositiveDefinite: the metric is singular to rounding.
         """
-        return self._times(1, matrix)
+        return _apply(self._inverse_root, matrix)
 
-    def _times(self, which: int, matrix: Tensor) -> Tensor:
-        if self.moment is None:
-            return matrix
-        root = self._roots[which]
-        return root[:, None] * matrix if root.ndim == 1 else root @ matrix
+
+def _apply(operator: Tensor | None, matrix: Tensor) -> Tensor:
+    """Return `operator @ matrix`, where a vector stands for a diagonal and None for the identity."""
+    if operator is None:
+        return matrix
+    return operator[:, None] * matrix if operator.ndim == 1 else operator @ matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,14 +251,20 @@ def weighted_svd(weight: Tensor, inputs: Metric, outputs: Metric) -> WeightedSVD
 
     Raises:
         NotFinite: the weight has NaN or infinite entries.
+        ConfigError: a metric does not fit its side.
         NotPositiveDefinite: the metric of the smaller side is singular to rounding.
     """
     work = to_float64(check_matrix(weight, "weight"))
+    if work.shape != (outputs.size, inputs.size):
+        raise ConfigError(
+            f"a weight of {work.shape[0]} x {work.shape[1]} with metrics for {outputs.size} outputs "
+            f"and {inputs.size} inputs"
+        )
     if work.shape[0] > work.shape[1]:
         flipped = weighted_svd(work.T, outputs, inputs)
         return WeightedSVD(flipped.right.T, flipped.left.T, flipped.spectrum)
     rooted = outputs.root_times(work)
-    values, vectors = torch.linalg.eigh(inputs.quadratic(rooted))
+    values, vectors = torch.linalg.eigh(rooted @ inputs.times(rooted.T))
     vectors = vectors.flip(1)
     left = outputs.inverse_root_times(vectors)
     return WeightedSVD(left, vectors.T @ rooted, values.flip(0).clamp(min=0).sqrt())
@@ -253,8 +272,8 @@ def weighted_svd(weight: Tensor, inputs: Metric, outputs: Metric) -> WeightedSVD
 
 def weighted_error(error: Tensor, inputs: Metric, outputs: Metric) -> float:
     """Return tr(C D H D^T) for `error` D (m, n), in float64."""
-    rooted = outputs.root_times(to_float64(error))
-    return float(inputs.quadratic(rooted).trace())
+    work = to_float64(error)
+    return float((outputs.times(work) * inputs.times(work.T).T).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,20 +299,44 @@ def pivot_rows(left: Tensor, bound: float = 2.0) -> RowSkeleton:
     rows, rank = check_matrix(left, "left factor").shape
     if bound <= 1 or rank > rows:
         raise ConfigError(f"bound={bound} (must exceed 1), shape {rows} x {rank} (must not be wide)")
-    permutation, lower, upper = torch.linalg.lu(to_float64(left))
-    diagonal = upper.diagonal().abs()
-    if float(diagonal.min()) <= float(diagonal.max()) * torch.finfo(torch.float64).eps:
+    basis, triangle = torch.linalg.qr(to_float64(left))
+    diagonal = triangle.diagonal().abs()
+    if float(diagonal.min()) <= float(diagonal.max()) * rank * torch.finfo(torch.float64).eps:
         raise NotPositiveDefinite(f"the {rows} x {rank} left factor has dependent columns: lower the rank")
-    order = permutation.argmax(0)
-    multipliers = torch.linalg.solve_triangular(
-        lower[:rank], lower[rank:], upper=False, left=False, unitriangular=True
-    )
-    _swap_rows(multipliers, order, rank, bound)
-    pivots = order[:rank].sort().values
-    rest = order[rank:].sort().values
-    work = to_float64(left)
-    exact = torch.linalg.solve(work[pivots], work[rest], left=False)
-    return RowSkeleton(pivots, rest, exact)
+    order = torch.linalg.lu(basis).P.argmax(0)
+    multipliers = _multipliers(basis, order, rank)
+    if multipliers.numel() and float(multipliers.abs().max()) > _LU_GROWTH:
+        order = _order_by_norms(basis, rank)
+        multipliers = _multipliers(basis, order, rank)
+    # Updates drift where multipliers began large, so the rule is checked on fresh ones.
+    while multipliers.numel() and float(multipliers.abs().max()) > bound:
+        _swap_rows(multipliers, order, rank, bound * _SWAP_MARGIN)
+        multipliers = _multipliers(basis, order, rank)
+    pivots, rest = order[:rank].sort().values, order[rank:].sort().values
+    return RowSkeleton(pivots, rest, _multipliers(basis, torch.cat([pivots, rest]), rank))
+
+
+def _multipliers(basis: Tensor, order: Tensor, rank: int) -> Tensor:
+    """Return M with basis[rest] = M basis[pivots], by QR: LU may grow where the rows are well conditioned."""
+    factor, triangle = torch.linalg.qr(basis[order[:rank]].T)
+    right = factor.T @ basis[order[rank:]].T
+    solved: Tensor = torch.linalg.solve_triangular(triangle, right, upper=True)
+    return solved.T.contiguous()
+
+
+def _order_by_norms(basis: Tensor, rank: int) -> Tensor:
+    """Return an order of rows that begins with the pivots of QR with column pivoting of the transpose."""
+    left = basis.clone()
+    pivots: list[int] = []
+    for _ in range(rank):
+        norms = left.square().sum(1)
+        norms[pivots] = -1
+        row = int(norms.argmax())
+        direction = left[row] / left[row].norm()
+        left.addr_(left @ direction, direction, alpha=-1)
+        pivots.append(row)
+    others = [row for row in range(len(basis)) if row not in set(pivots)]
+    return torch.tensor([*pivots, *others], device=basis.device)
 
 
 def _swap_rows(multipliers: Tensor, order: Tensor, rank: int, bound: float) -> None:

@@ -167,13 +167,13 @@ def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
     """
     modules: dict[str, Any] = dict(model.named_modules())
     for name, spec in config.modules.items():
-        dense: Any = modules.get(name)
         rank: int = spec["rank"]
         kind: type[nn.Module] = nn.Embedding if spec["kind"] == FactoredEmbedding.kind else nn.Linear
-        if type(dense) is not kind:
+        if type(modules.get(name)) is not kind:
             raise StoreError(
                 f"config.json declares {name}, which is no nn.{kind.__name__} of {type(model).__name__}"
             )
+        dense = modules[name]
         shape = tuple(dense.weight.shape)
         if rank > min(shape):
             raise StoreError(f"config.json declares rank {rank} for {name}, which is {shape[0]} x {shape[1]}")

@@ -122,7 +122,7 @@ def hull(costs: tuple[int, ...], losses: tuple[float, ...]) -> list[int]:
 
 def _above(costs: tuple[int, ...], losses: tuple[float, ...], first: int, middle: int, last: int) -> bool:
     left = (losses[middle] - losses[first]) * (costs[last] - costs[first])
-    return left >= (losses[last] - losses[first]) * (costs[middle] - costs[first])
+    return left > (losses[last] - losses[first]) * (costs[middle] - costs[first])
 
 
 def allocate(curves: dict[str, Curve], budget: int) -> dict[str, int]:
@@ -150,19 +150,25 @@ def allocate(curves: dict[str, Curve], budget: int) -> dict[str, int]:
 
 
 def _follow_hulls(curves: dict[str, Curve], chosen: dict[str, int], left: int) -> int:
-    steps: list[tuple[float, str, int, int]] = []
-    for name, curve in curves.items():
-        for start, end in pairwise(hull(curve.costs, curve.losses)):
+    """Take hull steps by falling gain per cost; a matrix whose next step does not fit is done."""
+    steps = {name: pairwise(hull(curve.costs, curve.losses)) for name, curve in curves.items()}
+    queue: list[tuple[float, str, int, int]] = []
+
+    def push_next(name: str) -> None:
+        # One step of a matrix at a time: slopes that are equal but for rounding must not swap.
+        for start, end in steps[name]:
+            curve = curves[name]
             cost = curve.costs[end] - curve.costs[start]
-            steps.append(((curve.losses[end] - curve.losses[start]) / cost, name, end, cost))
-    stopped: set[str] = set()
-    for _, name, end, cost in sorted(steps):
-        if name in stopped:
-            continue
-        if cost > left:
-            stopped.add(name)
-            continue
-        chosen[name], left = end, left - cost
+            heappush(queue, ((curve.losses[end] - curve.losses[start]) / cost, name, end, cost))
+            return
+
+    for name in curves:
+        push_next(name)
+    while queue:
+        _, name, end, cost = heappop(queue)
+        if cost <= left:
+            chosen[name], left = end, left - cost
+            push_next(name)
     return left
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError, NotFinite
+from .errors import ConfigError, ModelError, NotFinite
 
 Statistic = Literal["gram", "absolute", "gradient", "fisher"]
 STATISTICS: dict[Statistic, str] = {
@@ -112,7 +112,8 @@ class _Collector:
     stats: Stats
     wanted: frozenset[Statistic]
     precision: torch.dtype
-    recent: deque[tuple[Tensor, str]] = field(default_factory=lambda: deque(maxlen=_RECENT_INPUTS))
+    recent: deque[tuple[Tensor, int, str]] = field(default_factory=lambda: deque(maxlen=_RECENT_INPUTS))
+    open: bool = True
 
     def add(self, statistic: Statistic, key: str, value: Tensor, count: int) -> None:
         if (statistic, key) not in self.stats.moments:
@@ -121,10 +122,13 @@ class _Collector:
 
     def is_first_reader(self, name: str, inputs: Tensor) -> bool:
         """Tell whether `name` leads its group, which the first forward decides and later ones must keep."""
-        seen = next((leader for tensor, leader in self.recent if tensor is inputs), None)
+        # A tensor that was changed in place is another input; inference mode does not keep count.
+        version = 0 if inputs.is_inference() else inputs._version
+        known = (leader for tensor, then, leader in self.recent if tensor is inputs and then == version)
+        seen = next(known, None)
         leader = self.stats.leaders.setdefault(name, seen or name)
         if leader == name:
-            self.recent.append((inputs, name))
+            self.recent.append((inputs, version, name))
         elif leader != seen:
             raise ModelError(
                 f"{name} and {leader} read one tensor on the first window and two on a later one: "
@@ -159,6 +163,8 @@ class _Collector:
         kept = inputs.detach() if "fisher" in self.wanted else None
 
         def on_gradient(gradient: Tensor) -> None:
+            if not self.open:
+                return
             rows = _rows(gradient)
             if "gradient" in self.wanted:
                 self.add("gradient", name, _second_moment(rows), len(rows))
@@ -190,7 +196,11 @@ def collect(
 
     Raises:
         ModelError: a name is not a submodule.
+        ConfigError: a statistic is not one of STATISTICS.
     """
+    unknown = [name for name in wanted if name not in STATISTICS]
+    if unknown:
+        raise ConfigError(f"statistic {unknown[0]!r}: legal are {', '.join(STATISTICS)}")
     modules = dict(model.named_modules())
     missing = [name for name in names if name not in modules]
     if missing:
@@ -201,6 +211,7 @@ def collect(
     try:
         yield stats
     finally:
+        collector.open = False
         for handle in handles:
             handle.remove()
 

@@ -289,8 +289,14 @@ def _sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:
         model=models.parameter_count(model),
         linear_flops=sum(models.flops_per_token(module) for module in owners),
         model_flops=models.flops_per_token(model),
+        linear_bytes=sum(_stored_bytes(module, dtype) for module in tables),
         bytes=hub.accounted_bytes(_written(model), dtype),
     )
+
+
+def _stored_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    indices = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
+    return _weights(module) * dtype.itemsize + indices
 
 
 def _weights(module: nn.Module) -> int:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -39,6 +39,14 @@ def size_rows(result: Result) -> list[SizeRow]:
             ("FLOPs per token, model", before.model_flops, after.model_flops),
         )
     ]
+    rows.append(
+        (
+            f"bytes of the linears in {result.dtype}",
+            _mb(before.linear_bytes),
+            _mb(after.linear_bytes),
+            _share(after.linear_bytes, before.linear_bytes),
+        )
+    )
     written = result.file_bytes or after.bytes
     how = "on disk" if result.file_bytes else "computed"
     rows.append(
@@ -114,11 +122,30 @@ def renderable(result: Result) -> RenderableType:
     title = f"{result.source}: method {result.recipe.method}, {_budget(result)}"
     parts: list[RenderableType] = [_table(title, ("", "before", "after", "share"), rows)]
     parts += [Text(f"note: {remark}") for remark in remarks(result)]
+    if result.calibration_tokens:
+        parts.append(Text(calibration_line(result)))
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
     parts.append(Text(f"time: {seconds}"))
     memory = ", ".join(f"{name} {_mb(size)}" for name, size in result.peak_memory.items())
     parts.append(Text(f"peak memory: {memory}"))
     return Group(*parts)
+
+
+def calibration_line(result: Result) -> str:
+    """Return what the statistics were made of."""
+    with_gradients = f", {result.gradient_tokens:,} of them with gradients" if result.gradient_tokens else ""
+    return (
+        f"calibration: {result.calibration_tokens:,} tokens{with_gradients}; moments summed in float32, "
+        f"damped by {result.recipe.damp:g} of their mean diagonal"
+    )
+
+
+def plain(renderable: RenderableType, width: int = 120) -> str:
+    """Return `renderable` as text without colour."""
+    console = Console(width=width, color_system=None)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get()
 
 
 def _budget(result: Result) -> str:
@@ -236,6 +263,8 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 `eckart.densify(model)` gives back an ordinary model of the original shape.
 
 {markdown_table(("", "before", "after", "share"), rows)}
+
+{calibration_line(result)}
 
 {notes}
 

@@ -29,14 +29,16 @@ class Module:
 class Sizes:
     """Parameters and FLOPs per token (2 x multiply-adds) of the treated matrices and of the whole model.
 
-    `bytes` is the size of the weight file in the output dtype, computed; biases of treated
-    matrices count with the model. FLOPs leave out attention scores and elementwise work.
+    `linear_bytes` and `bytes` are those of the treated matrices and of the whole weight file in the
+    output dtype, computed; biases of treated matrices count with the model. FLOPs leave out
+    attention scores and elementwise work.
     """
 
     linears: int
     model: int
     linear_flops: int
     model_flops: int
+    linear_bytes: int
     bytes: int
 
 
@@ -88,6 +90,12 @@ class Result:
         values = asdict(self)
         values["keep_linears"], values["keep_model"] = self.keep_linears, self.keep_model
         return values
+
+    def __str__(self) -> str:
+        """Show the result as plain text tables."""
+        from .report import plain
+
+        return plain(renderable=self)
 
     def __rich__(self) -> "RenderableType":
         """Show the result as tables."""

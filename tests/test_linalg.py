@@ -474,6 +474,7 @@ def test_a_sketch_is_reproducible() -> None:
 def test_the_bound_falls_with_power_iterations_and_needs_oversampling() -> None:
     bounds = [randomized_bound((100, 80), 10, 5, power_iterations) for power_iterations in range(4)]
     assert bounds == sorted(bounds, reverse=True)
+    assert bounds == pytest.approx([bounds[0] ** (1 / (2 * power + 1)) for power in range(4)], rel=1e-12)
     assert bounds[-1] > 1
     assert randomized_bound((100, 80), 10, 1, 2) == float("inf")
 
@@ -651,9 +652,9 @@ def test_pivot_rows_span_the_others_with_bounded_multipliers(
 
 
 def lower_growth(rank: int) -> Tensor:
-    """Partial pivoting keeps the order of these rows, whose inverse has entries of 2^(rank - 2)."""
-    top = torch.eye(rank, dtype=torch.float64) - torch.ones(rank, rank, dtype=torch.float64).tril(-1)
-    return torch.cat([top, -torch.rand(2 * rank, rank, generator=seeded(0), dtype=torch.float64)])
+    """Partial pivoting keeps the order of these rows, whose inverse has entries of 1.99^(rank - 2)."""
+    top = torch.eye(rank, dtype=torch.float64) - 0.99 * torch.ones(rank, rank, dtype=torch.float64).tril(-1)
+    return torch.cat([top, -0.99 * torch.rand(2 * rank, rank, generator=seeded(0), dtype=torch.float64)])
 
 
 def wilkinson(rank: int) -> Tensor:
@@ -728,3 +729,11 @@ def test_illegal_pivoting_is_refused() -> None:
     for dependent in (torch.ones(3, 2), torch.zeros(3, 2)):
         with pytest.raises(NotPositiveDefinite, match="the 3 x 2 left factor has dependent columns: lower"):
             pivot_rows(dependent)
+
+
+def test_a_metric_with_a_negative_diagonal_is_refused() -> None:
+    for moment in (torch.tensor([1.0, -2.0]), torch.tensor([[1.0, 0.0], [0.0, -2.0]])):
+        with pytest.raises(
+            NotPositiveDefinite, match="size 2 has the negative entry -2: give a second moment"
+        ):
+            Metric(2, moment)

@@ -53,12 +53,17 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
         ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
         RankError: the budget cannot be reached.
     """
-    found = models.targets(model, recipe.include, recipe.exclude)
-    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
+    found = _targets(recipe, model)
     limit = _limit(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
     choices = budget.choose(recipe, limit, found)
     return Plan(recipe, choices, models.parameter_count(model), not decided_by_spectra)
+
+
+def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
+    found = models.targets(model, recipe.include, recipe.exclude)
+    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
+    return found
 
 
 def _limit(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> budget.Budget:
@@ -113,8 +118,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     model = loaded.model
     if models.low_rank_modules(model):
         raise ModelError("the model is already low-rank: eckart.densify it first")
-    found = models.targets(model, recipe.include, recipe.exclude)
-    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
+    found = _targets(recipe, model)
     budget.choose(recipe, _limit(recipe, model, found, loaded.stored), found)
     for target in found:
         check_matrix(models.weight(model, target), target.name)

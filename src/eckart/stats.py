@@ -188,6 +188,9 @@ def collect(
     (..., m). Statistics of gradients need a backward pass inside the context, through outputs that
     require a gradient (parameters need none); 'fisher' expects one window per backward pass.
 
+    A module that is called twice in one window counts as two windows for 'fisher'. Inside
+    torch.inference_mode, a tensor that is changed in place between two readers passes for one input.
+
     Args:
         model: the module that will be run.
         names: dotted names of its submodules.

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from . import models
 from .errors import NotFinite
@@ -43,25 +42,28 @@ def _gradients_from(entry: nn.Module, model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(wanted[name])
 
 
-def summed_loss(
+def loss_gradient(
     logits: Tensor, window: Tensor, labels: Literal["text", "sampled"], generator: torch.Generator
 ) -> Tensor:
-    """Return the summed next-token loss of one window, on its own labels or on labels drawn from the model.
+    """Return the gradient of the summed next-token loss at the logits (seq_len, v) of one window.
+
+    It is softmax minus one-hot, written down rather than differentiated, which saves two tensors
+    of the size of the logits. The labels are the window's own, or drawn from the model.
 
     Raises:
-        NotFinite: it is NaN or infinite.
+        NotFinite: a logit is NaN or infinite.
     """
-    scores = logits[0, :-1].float()
+    chances = logits.detach().float().softmax(-1)
+    if not bool(torch.isfinite(chances).all()):
+        raise NotFinite(
+            "the logits on the calibration text are NaN or infinite: load the model in a wider dtype"
+        )
     targets = window[1:]
     if labels == "sampled":
-        chances = scores.detach().softmax(-1).cpu()
-        targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(scores.device)
-    loss = functional.cross_entropy(scores, targets, reduction="sum")
-    if not bool(torch.isfinite(loss)):
-        raise NotFinite(
-            "the loss on the calibration text is NaN or infinite: load the model in a wider dtype"
-        )
-    return loss
+        targets = torch.multinomial(chances[:-1].cpu(), 1, generator=generator)[:, 0].to(window.device)
+    chances[torch.arange(len(targets)), targets] -= 1
+    chances[-1] = 0  # the last token has nothing to predict
+    return chances.to(logits.dtype)
 
 
 def calibrate(
@@ -90,9 +92,8 @@ def calibrate(
         for index, window in enumerate(windows.to(model.device)):
             if index in with_gradient:
                 with torch.enable_grad():
-                    logits = model(input_ids=window[None], use_cache=False).logits
-                    loss = summed_loss(logits, window, labels, generator)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    logits = model(input_ids=window[None], use_cache=False).logits[0]
+                    logits.backward(loss_gradient(logits, window, labels, generator))
             elif forward_only:
                 with torch.no_grad():
                     body(input_ids=window[None], use_cache=False)

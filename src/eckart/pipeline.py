@@ -91,6 +91,7 @@ class _Run:
         self.watch(name, 0, 1)
         yield lambda done, total: self.watch(name, done, total)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        memory.give_back()
 
 
 @dataclass(frozen=True, slots=True)

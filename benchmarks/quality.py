@@ -98,6 +98,22 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def grid(rows: list[dict[str, Any]]) -> str:
+    """The perplexities, a row per method and a column per budget; the best method comes last."""
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    found = {(row["method"], row["budget"]): row["perplexity"] for row in rows}
+    names = {row["method"] for row in rows}
+    order = sorted(names, key=lambda name: -found.get((name, budgets[-1]), 0.0))
+    lines = [[name, *(_figure(found.get((name, budget))) for budget in budgets)] for name in order]
+    return report.markdown_table(["method", *budgets], lines)
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.1f}" if value < 1000 else f"{value:.1e}"
+
+
 def key(options: argparse.Namespace) -> dict[str, Any]:
     """What every row of one file must share."""
     names = ("of", "tokens", "eval_tokens", "dtype")
@@ -129,9 +145,9 @@ def main() -> None:
             found["command"] = [Path(argument).name for argument in sys.argv]
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(found, indent=2) + "\n")
-    rows.sort(key=lambda row: (row["budget"], -row["perplexity"]), reverse=True)
     print(f"\ndense perplexity {rows[0]['dense']:.2f}\n")
     print(report.markdown_table(COLUMNS, [cells(row) for row in rows]))
+    print(f"\nperplexity alone:\n\n{grid(rows)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from eckart import ConfigError, ModelError, StoreError, hub
 
@@ -13,6 +14,36 @@ from . import tiny
 def test_a_missing_model_is_refused(source: str) -> None:
     with pytest.raises(ModelError, match=r"no model at .*: give a folder, a .gguf file or a hub id"):
         hub.load(source)
+
+
+def test_a_mistyped_folder_beside_others_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ModelError, match="no model at models/nowhere"):
+        hub.load("models/nowhere")
+
+
+def test_other_tasks_are_refused(tmp_path: Path) -> None:
+    for kind, message in (
+        ("T5", "is a T5, an encoder-decoder"),
+        ("ViT", "is a ViT, which transformers has no"),
+    ):
+        getattr(transformers, f"{kind}Config")().save_pretrained(tmp_path / kind)
+        with pytest.raises(ModelError, match=message):
+            hub.skeleton(str(tmp_path / kind))
+        with pytest.raises(ModelError, match=message):
+            hub.load(str(tmp_path / kind))
+
+
+def test_a_write_that_fails_is_one_error(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StoreError, match="out cannot be written: .*no space"),
+        hub.new_folder(tmp_path / "out"),
+    ):
+        raise OSError("no space")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch.nn import functional
 
 import eckart
@@ -59,6 +60,24 @@ def test_a_logit_that_is_not_finite_is_an_error(llama: Any) -> None:
         measure.perplexity(llama, windows())
 
 
+def test_a_model_that_looks_ahead_has_no_perplexity(llama: Any) -> None:
+    measure.check_causal(llama)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=258, **small)
+    bert = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in bert.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(8)
+    with pytest.raises(ModelError, match="BertLMHeadModel looks at later tokens"):
+        measure.check_causal(bert)
+
+
+def test_windows_longer_than_the_model_are_refused(llama: Any, llama_folder: Path, text_file: Path) -> None:
+    with pytest.raises(ConfigError, match="seq_len 512: the model has 128 positions"):
+        eckart.evaluate(llama_folder, text_file)
+
+
 def test_evaluate_reads_paths_and_models(llama_folder: Path, text_file: Path, tokenizer: Any) -> None:
     by_path = eckart.evaluate(llama_folder, text_file, tokens=640, seq_len=64)
     by_model = eckart.evaluate(tiny.build("llama"), text_file, tokens=640, seq_len=64, tokenizer=tokenizer)
@@ -74,8 +93,8 @@ def test_evaluate_checks_its_arguments(llama_folder: Path, text_file: Path, toke
     with pytest.raises(ConfigError, match="tokens 1, seq_len 64: both must be at least 2"):
         eckart.evaluate(llama_folder, text_file, tokens=1, seq_len=64)
     with pytest.raises(ModelError, match="text needs a tokenizer"):
-        eckart.evaluate(tiny.build("llama"), text_file)
+        eckart.evaluate(tiny.build("llama"), text_file, seq_len=64)
     other = tiny.build("llama")
     other.resize_token_embeddings(300)
     with pytest.raises(ModelError, match="vocabulary of 258 and .* of 300"):
-        eckart.evaluate(llama_folder, text_file, tokens=128, against=other)
+        eckart.evaluate(llama_folder, text_file, tokens=128, seq_len=64, against=other)

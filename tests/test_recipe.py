@@ -50,13 +50,22 @@ def test_options_go_over_the_file_and_one_budget_replaces_another() -> None:
         ({"keep": 0.5, "tokens": 1}, "tokens 1: must be a whole number of at least 2"),
         ({"size": "12 parsecs"}, "write for example 200MB"),
         ({"size": -5}, "write for example 200MB"),
-        ({"keep": 0.5, "text": []}, "method 'eckart' looks at data: give text"),
+        ({"keep": "0.5"}, "keep '0.5': must be a number"),
+        ({"keep": 0.5, "damp": "much"}, "damp 'much': must be a number"),
+        ({"keep": 0.5, "overrides": [{"match": "*", "dense": "maybe"}]}, "dense 'maybe': must be true or"),
+        ({"keep": 0.5, "overrides": [{"match": "*", "keep": "1"}]}, "keep '1': must be a number"),
         ({"keep": 0.5, "method": "pifa", "allocation": "curvature"}, "needs gradients to have one unit"),
     ],
 )
 def test_what_is_illegal_is_refused_with_the_way_out(values: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, RankError), match=message):
         recipe.from_mapping({"text": TEXT} | values)
+
+
+def test_a_method_that_looks_at_data_needs_text_to_run() -> None:
+    with pytest.raises(ConfigError, match="method 'eckart' looks at data: give text"):
+        Recipe(keep=0.5).check_text()
+    Recipe(keep=0.5, method="svd").check_text()
 
 
 def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:

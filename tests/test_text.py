@@ -69,7 +69,7 @@ def test_windows_cut_without_overlap_and_drop_the_rest() -> None:
     assert rows.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert text.windows(torch.arange(1, 8), 4, bos=0).tolist() == [[0, 1, 2, 3], [0, 4, 5, 6]]
     assert text.windows(torch.arange(3), 512).tolist() == [[0, 1, 2]]
-    with pytest.raises(ConfigError, match="1 tokens of text: at least 2"):
+    with pytest.raises(ConfigError, match="the text has 1 tokens, at least 2 are needed"):
         text.windows(torch.arange(1), 512)
 
 

@@ -164,6 +164,8 @@ def evaluate(
     """
     first = _loaded(model, tokenizer, dtype, device, trust_remote_code)
     windows = _eval_windows(text, first.tokenizer, tokens, seq_len, bos)
+    measure.check_length(first.model, seq_len)
+    measure.check_causal(first.model)
     if against is None:
         return measure.perplexity(first.model, windows, watch)
     second = _loaded(against, first.tokenizer, dtype, device, trust_remote_code)

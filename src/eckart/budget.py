@@ -1,7 +1,8 @@
 """From a recipe's budget to one rank per matrix, and what that makes of the model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -37,24 +38,27 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What the treated matrices may cost together, in parameters; None where a rule decides alone."""
+    """What the treated matrices may cost together, in parameters; None where a rule decides alone.
+
+    `what` names the budget as it was given, and `words` says a number of parameters in its terms.
+    """
 
     parameters: int | None
     what: str
+    words: Callable[[int], str] = str
 
     def check(self, choices: Sequence[Choice]) -> None:
         """Raise RankError if `choices` cost more."""
         used = sum(choice.parameters for choice in choices)
         if self.parameters is not None and used > self.parameters:
-            raise _unreachable(self, used)
+            raise self.unreachable(used)
 
-
-def _unreachable(budget: Budget, least: int) -> RankError:
-    return RankError(
-        f"{budget.what} leaves {max(budget.parameters or 0, 0):,} parameters for the treated matrices; "
-        f"with the others kept as they are, {least:,} is the least that can be reached: raise the "
-        "budget, or treat more matrices"
-    )
+    def unreachable(self, least: int) -> RankError:
+        """Return the error that says what can be had: `least` parameters."""
+        return RankError(
+            f"{self.what} cannot be reached: with these matrices treated and the rest of the model kept as "
+            f"it is, the least is {self.words(least)}; raise the budget, or treat more matrices (include)"
+        )
 
 
 def settle(
@@ -70,15 +74,16 @@ def settle(
         itemsize: bytes of one parameter in the output.
     """
     linears = sum(target.size for target in targets)
-    if recipe.keep is not None and recipe.of == "linears":
-        return Budget(int(recipe.keep * linears), f"keep {recipe.keep:g} of the linears")
-    if recipe.keep is not None:
-        rest = model_parameters - linears
-        return Budget(int(recipe.keep * model_parameters) - rest, f"keep {recipe.keep:g} of the model")
     size = recipe.size_bytes()
     if size is not None:
-        return Budget((size - fixed_bytes) // itemsize, f"size {recipe.size}")
-    return Budget(None, "the rule")
+        limit = (size - fixed_bytes) // itemsize
+        return Budget(limit, f"size {recipe.size}", lambda n: f"{(n * itemsize + fixed_bytes) / 1e6:.3f}MB")
+    if recipe.keep is None:
+        return Budget(None, "the rule")
+    whole, rest = (linears, 0) if recipe.of == "linears" else (model_parameters, model_parameters - linears)
+    limit = int(recipe.keep * whole) - rest
+    what = f"keep {recipe.keep:g} of the {recipe.of}"
+    return Budget(limit, what, lambda n: f"keep {ceil((n + rest) / whole * 1000) / 1000:.3f}")
 
 
 def _fixed(recipe: Recipe, target: Target) -> tuple[bool, Rule]:
@@ -167,7 +172,7 @@ def _by_curvature(
     }
     least = sum(curve.costs[0] for curve in curves.values())
     if least > left:
-        raise _unreachable(budget, least + (budget.parameters or 0) - left)
+        raise budget.unreachable(least + (budget.parameters or 0) - left)
     options = allocate(curves, left)
     choices = []
     for target in free:

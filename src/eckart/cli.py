@@ -188,9 +188,12 @@ def compress(
         if dry_run:
             _print_plan(resolved, as_json)
             return
+        if resolved.model is None:
+            raise ConfigError("no MODEL: give a hub id, a folder or a .gguf file")
         if out is None:
             raise ConfigError("no --out: name the folder to write, or pass --dry-run to see the plan")
-        hub.check_output(out, overwrite)
+        hub.check_output(out, overwrite, resolved.model)
+        resolved.check_text()
         result = _run(resolved, out, overwrite)
         _show(report.to_json(result.to_dict()) if as_json else result, as_json)
         if not as_json:
@@ -228,7 +231,9 @@ def _show(what: Any, as_json: bool) -> None:
     if as_json:
         print(what)
     else:
-        Console(width=None if sys.stdout.isatty() else 120).print(what)
+        # In a pipe, tables have a fixed width and sentences are not broken.
+        piped = not sys.stdout.isatty()
+        Console(width=120 if piped else None).print(what, soft_wrap=piped)
 
 
 @app.command("eval")

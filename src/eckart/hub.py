@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import models
+from . import models, plugin
 from .errors import ConfigError, ModelError, StoreError
 from .plugin import NAME
 
@@ -81,7 +82,9 @@ def is_gguf(source: str) -> bool:
 def check_source(source: str) -> None:
     """Raise ModelError if `source` is a path by its looks and nothing is there."""
     path = Path(source)
+    first = path.parts[0] if len(path.parts) > 1 else ""
     looks_local = is_gguf(source) or source.startswith((".", "/", "~")) or source.count("/") > 1
+    looks_local = looks_local or (first != "" and Path(first).is_dir())
     if looks_local and not path.exists():
         raise ModelError(f"no model at {source}: give a folder, a .gguf file or a hub id")
     if path.is_file() and not is_gguf(source):
@@ -106,12 +109,26 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> Any:
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelError(f"cannot read the config of {source}: {error}") from error
+        raise ModelError(f"cannot read the config of {source}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _refuse_other_tasks(config: Any, source: str) -> None:
+    kind = type(config).__name__.removesuffix("Config")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{source} is a {kind}, an encoder-decoder: only causal language models are treated")
+    known = type(config) in AutoModelForCausalLM._model_mapping
+    if not known and not getattr(config, "auto_map", None):
+        raise ModelError(f"{source} is a {kind}, which transformers has no causal language model for")
 
 
 def skeleton(source: str, *, trust_remote_code: bool = False) -> Any:
     """Return the model of `source` on the meta device: structure and shapes, no weights."""
     config = load_config(source, trust_remote_code=trust_remote_code)
+    _refuse_other_tasks(config, source)
     _refuse_quantised(config, source)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -155,6 +172,7 @@ def load(
         ModelError: it cannot be read, or is already compressed and must not be.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
+    _refuse_other_tasks(config, source)
     if not (low_rank and _quantised(config) == NAME):
         _refuse_quantised(config, source)
     place = place or torch.device("cpu")
@@ -172,7 +190,7 @@ def load(
     except StoreError:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise ModelError(f"cannot load {source}: {error}") from error
+        raise ModelError(f"cannot load {source}: {_first_line(error)}") from error
     if extra:
         _forget_gguf(model)
     models.cast(model, compute or compute_dtype(stored, place))
@@ -242,13 +260,22 @@ def accounted_bytes(tensors: Mapping[str, Tensor], as_dtype: torch.dtype | None 
     return 8 + (header + 7) // 8 * 8 + end
 
 
-def check_output(out: Path, overwrite: bool) -> None:
+def check_output(out: Path, overwrite: bool, source: str | None = None) -> None:
     """Refuse an output folder that exists, unless `overwrite` and it holds a model or nothing.
 
     Raises:
-        StoreError: with what to do.
+        StoreError: with what to do; also where `out` cannot be made, or holds the model `source`.
     """
+    if (
+        source is not None
+        and out.exists()
+        and out.resolve() in (Path(source).resolve(), Path(source).resolve().parent)
+    ):
+        raise StoreError(f"{out} is where the model comes from: choose another --out")
     if not out.exists():
+        parent = next(folder for folder in out.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise StoreError(f"{out} cannot be made: {parent} is not a folder that can be written to")
         return
     if not overwrite:
         raise StoreError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
@@ -260,10 +287,9 @@ def check_output(out: Path, overwrite: bool) -> None:
 def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to write in, which becomes `out` by rename when the body ends well, else vanishes."""
     check_output(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
     try:
+        partial.mkdir(parents=True)
         yield partial
         check_output(out, overwrite)
         if out.exists():
@@ -273,6 +299,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(partial, out)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{out} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -280,6 +308,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 def write(folder: Path, model: Any, tokenizer: Any, max_shard_size: str = "5GB") -> None:
     """Write model, config, generation config and tokenizer into `folder`."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if models.low_rank_modules(model):
+        plugin.guard_file(folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import NotFinite
+from .errors import ConfigError, ModelError, NotFinite
 
 Progress = Callable[[int, int], None]
 
@@ -85,6 +85,29 @@ def _summary(model: Any, losses: Tensor, seq_len: int) -> Perplexity:
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
     )
+
+
+@torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Raise ModelError if the logits of `model` at a position depend on what comes after it.
+
+    Such a model (an encoder) sees the token that it is asked to predict: it has no perplexity.
+    """
+    size = model.config.get_text_config().vocab_size
+    first = torch.arange(8, device=model.device) * 7 % size
+    second = torch.cat([first[:4], (first[4:] + 1) % size])
+    own, other = (logits(model, window)[:4] for window in (first, second))
+    if float((own - other).abs().max()) > 1e-2 * float(own.abs().max()):
+        raise ModelError(
+            f"{type(model).__name__} looks at later tokens: only causal language models have a perplexity"
+        )
+
+
+def check_length(model: Any, seq_len: int) -> None:
+    """Raise ConfigError if `model` has fewer positions than `seq_len`."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and seq_len > positions:
+        raise ConfigError(f"seq_len {seq_len}: the model has {positions} positions, give at most that many")
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def _no_match(names: Sequence[str], pattern: str) -> str:
     ends = Counter(name.rsplit(".", 1)[-1] for name in names)
     close = difflib.get_close_matches(pattern, [*ends, *names], n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(close)}?" if close else f"names end in {', '.join(ends) or 'nothing'}"
-    return f"{pattern!r} matches none of the model's {len(names)} nn.Linear: {hint}"
+    return f"{pattern!r} matches none of the model's {len(names)} matrices: {hint}"
 
 
 def match_one(name: str, patterns: Sequence[str]) -> int | None:
@@ -178,7 +178,7 @@ def _refuse_untreatable(model: nn.Module, prefixes: tuple[str, ...]) -> None:
             continue
         size = sum(weight.numel() for weight in module.parameters(recurse=False) if weight.ndim > 1)
         total += size
-        if type(module) is not nn.Linear:
+        if size and type(module) is not nn.Linear:
             untreated[type(module).__name__] += size
     if total == 0 or untreated.total() > _UNTREATED_SHARE * total:
         kinds = ", ".join(f"{kind} ({size:,} parameters)" for kind, size in untreated.most_common())

@@ -121,10 +121,14 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
         raise ModelError("the model is already low-rank: eckart.densify it first")
     found = _targets(recipe, model)
     budget.choose(recipe, _limit(recipe, model, found, loaded.stored), found)
+    recipe.check_text()
     for target in found:
         check_matrix(models.weight(model, target), target.name)
     with run.stage("read text"):
         calibration, held_out, own_text = _windows(recipe, loaded.tokenizer, run)
+        if held_out is not None:
+            measure.check_length(model, recipe.seq_len)
+            measure.check_causal(model)
     dense = _measure(run, "measure dense", model, held_out)
     with run.stage("calibrate") as progress:
         calibrated = _calibrated(recipe, model, found, calibration, progress)
@@ -199,10 +203,12 @@ def _windows(recipe: Recipe, tokenizer: Any, run: _Run) -> tuple[Tensor | None, 
         raise ModelError("text needs a tokenizer: pass tokenizer=")
     bos = tokenizer.bos_token_id if recipe.bos else None
     texts = text.load(recipe.text or recipe.eval_text, recipe.eval_text, tokenizer)
-    held_out = text.windows(texts.evaluation[: recipe.eval_tokens], recipe.seq_len, bos)
+    held_out = text.windows(
+        texts.evaluation[: recipe.eval_tokens], recipe.seq_len, bos, "the text to measure on"
+    )
     if not recipe.text:
         return None, held_out, False
-    rows = text.windows(texts.calibration, recipe.seq_len, bos)
+    rows = text.windows(texts.calibration, recipe.seq_len, bos, "the text to calibrate on")
     wanted = max(1, recipe.tokens // rows.shape[1])
     if len(rows) < wanted:
         run.warnings.append(

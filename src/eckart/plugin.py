@@ -2,14 +2,17 @@
 
 config.json declares every low-rank module; the skeleton is rebuilt from it on the meta device.
 
-Two guards keep a transformers that lacks this package from returning a model with random weights:
+Guards keep a transformers that lacks this package from returning a model with random weights. Two say
+what to install, and the quantizer takes them out of the way before the model is built:
 
-* config.json carries an `attn_implementation` that no transformers knows and that says what to
-  install; the quantizer takes it out of the way before the model is built;
-* the weights hold one empty tensor under a name that the dense model uses, whose shape fits no
-  model, for callers who choose an attention implementation themselves.
+* config.json names a weight file (`transformers_weights`) that cannot be one; save_pretrained drops
+  this entry, so only folders that eckart wrote have it;
+* config.json carries an `attn_implementation` that no transformers knows; this one survives
+  save_pretrained, but callers may choose an attention implementation themselves. So, last,
+* the weights hold one empty tensor under a name that the dense model uses: a shape that fits no model.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,7 +153,16 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 def _without_guard(config: Any) -> Any:
     if getattr(config, "_attn_implementation", None) == GUARD:
         config._attn_implementation = None
+    if getattr(config, "transformers_weights", None) == GUARD:
+        del config.transformers_weights
     return config
+
+
+def guard_file(config: Path) -> None:
+    """Make the config.json of a compressed folder stop a transformers that lacks this package."""
+    values = json.loads(config.read_text(encoding="utf-8"))
+    values["transformers_weights"] = GUARD
+    config.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def guard_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -27,7 +27,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(methods.METHODS),
     "dtype": ("float32", "bfloat16", "float16"),
 }
+_NUMBERS = ("keep", "energy", "damp", "alpha")
 _AT_LEAST = {"multiple": 1, "tokens": 2, "gradient_tokens": 2, "seq_len": 2, "eval_tokens": 2, "rank": 1}
+
+
+def _check_number(name: str, value: object) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+        raise ConfigError(f"{name} {value!r}: must be a number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,10 @@ class Override:
     dense: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("rank", "keep", "energy"):
+            _check_number(f"override {self.match!r}: {name}", getattr(self, name))
+        if not isinstance(self.dense, bool):
+            raise ConfigError(f"override {self.match!r}: dense {self.dense!r}: must be true or false")
         given = [self.rank is not None, self.keep is not None, self.energy is not None, self.dense]
         if sum(given) != 1:
             raise ConfigError(f"override {self.match!r}: give exactly one of rank, keep, energy, dense")
@@ -130,6 +140,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value not in legal:
                 raise ConfigError(f"{name} {value!r}: legal are {', '.join(legal)}")
+        for name in _NUMBERS:
+            _check_number(name, getattr(self, name))
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -150,17 +162,19 @@ class Recipe:
         self.rule()
 
     def check_method(self) -> None:
-        """Raise ConfigError if allocation and method do not fit, or text is needed and missing."""
+        """Raise ConfigError if allocation and method do not fit."""
         method = self.resolved_method()
         if self.allocation == "curvature" and method.outputs != "gradient":
             raise ConfigError(
                 f"allocation 'curvature' needs gradients to have one unit, and method {self.method!r} "
                 "has none: use method eckart or io-svd"
             )
-        if method.needs_text and not self.text:
+
+    def check_text(self) -> None:
+        """Raise ConfigError if the method looks at data and there is none: a run needs it, no plan does."""
+        if self.resolved_method().needs_text and not self.text:
             raise ConfigError(
-                f"method {self.method!r} looks at data: give text to calibrate on (--text FILE), "
-                "or use method svd"
+                f"method {self.method!r} looks at data: give text to calibrate on, or use method svd"
             )
 
     def rule(self) -> Fixed | Keep | Energy | None:
@@ -244,7 +258,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(values).__name__}")
     return values

@@ -1,7 +1,9 @@
 """Show a plan, a result or an evaluation: rich tables, Markdown model card, JSON. Pure rendering."""
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -12,11 +14,14 @@ from . import environment
 from .hub import MB
 from .measure import Comparison, Perplexity
 from .pipeline import Plan
-from .recipe import to_yaml
+from .recipe import Recipe, to_yaml
 from .result import Result
 
 SizeRow = tuple[str, str, str, str]
 _MODULES_SHOWN = 8
+_FEW_TOKENS = 2_000
+_FAR_OFF = 1.5
+_SHORTEST = 0.05
 
 
 def _mb(size: int) -> str:
@@ -35,8 +40,8 @@ def size_rows(result: Result) -> list[SizeRow]:
         for what, start, end in (
             ("parameters of the linears", before.linears, after.linears),
             ("parameters of the model", before.model, after.model),
-            ("FLOPs per token, linears", before.linear_flops, after.linear_flops),
-            ("FLOPs per token, model", before.model_flops, after.model_flops),
+            ("FLOPs per token, the linears", before.linear_flops, after.linear_flops),
+            ("FLOPs per token, all nn.Linear", before.model_flops, after.model_flops),
         )
     ]
     rows.append(
@@ -76,7 +81,7 @@ def quality_rows(result: Result) -> list[SizeRow]:
     dense, small = result.dense, result.compressed
     rows = [
         (
-            "perplexity on held-out text",
+            f"perplexity on {small.predicted:,} tokens",
             f"{dense.perplexity:.2f}",
             f"{small.perplexity:.2f}",
             f"x {small.perplexity / dense.perplexity:.3f}",
@@ -98,12 +103,32 @@ def remarks(result: Result) -> list[str]:
             f"{_mb(written)} against {_mb(result.source_bytes)}; quantise it to go below"
         )
     kept_dense = sum(module.form == "dense" for module in result.modules)
-    if kept_dense:
+    if kept_dense == len(result.modules):
+        found.append("nothing was compressed: every matrix is smallest dense at this budget")
+    elif kept_dense:
         found.append(
             f"{kept_dense} of {len(result.modules)} matrices gain nothing at this budget and stay dense"
         )
+    found += _quality_remarks(result)
+    return found
+
+
+def _quality_remarks(result: Result) -> list[str]:
+    if result.dense is None or result.compressed is None:
+        return ["quality was not measured: give text or eval_text"]
+    found = []
     if result.held_out:
         found.append("measured on the last 5 % of the calibration text, which calibration left out")
+    else:
+        names = ", ".join(Path(source).name for source in result.recipe.eval_text)
+        found.append(f"measured on {names}")
+    if result.compressed.predicted < _FEW_TOKENS:
+        found.append(f"{result.compressed.predicted:,} tokens are too few for a reliable perplexity")
+    increase, predicted = result.compressed.loss - result.dense.loss, result.predicted_increase
+    if predicted is not None and increase > _FAR_OFF * predicted:
+        found.append(
+            "the loss rose far more than predicted: the prediction is of second order, for small losses"
+        )
     return found
 
 
@@ -124,8 +149,10 @@ def renderable(result: Result) -> RenderableType:
     parts += [Text(f"note: {remark}") for remark in remarks(result)]
     if result.calibration_tokens:
         parts.append(Text(calibration_line(result)))
-    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in result.seconds.items())
-    parts.append(Text(f"time: {seconds}"))
+    spent = {name: value for name, value in result.seconds.items() if value >= _SHORTEST}
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in spent.items())
+    if seconds:
+        parts.append(Text(f"time: {seconds}"))
     memory = ", ".join(f"{name} {_mb(size)}" for name, size in result.peak_memory.items())
     parts.append(Text(f"peak memory: {memory}"))
     return Group(*parts)
@@ -161,22 +188,26 @@ def _budget(result: Result) -> str:
 
 def plan_table(plan: Plan) -> RenderableType:
     """Return the plan as a table: module, shape, rank, parameters before and after."""
+    unknown = plan.recipe.energy is not None
     title = "plan" if plan.exact else "plan (ranks of uniform allocation; spectra will redistribute them)"
+    if unknown:
+        title = "plan (energy: the ranks follow from spectra, which a plan does not compute)"
     rows = [
         (
             choice.target.name,
             f"{choice.target.shape[0]} x {choice.target.shape[1]}",
-            "dense" if choice.rank is None else str(choice.rank),
+            "?" if unknown else "dense" if choice.rank is None else str(choice.rank),
             f"{choice.target.size:,}",
-            f"{choice.parameters:,}",
+            "?" if unknown else f"{choice.parameters:,}",
         )
         for choice in plan.choices
     ]
     before = sum(choice.target.size for choice in plan.choices)
     after = sum(choice.parameters for choice in plan.choices)
     whole = plan.model_parameters
-    rows.append((f"{len(plan.choices)} linears", "", "", f"{before:,}", f"{after:,}"))
-    rows.append(("model", "", "", f"{whole:,}", f"{whole - before + after:,}"))
+    rest = whole - before
+    rows.append((f"{len(plan.choices)} linears", "", "", f"{before:,}", "?" if unknown else f"{after:,}"))
+    rows.append(("model", "", "", f"{whole:,}", "?" if unknown else f"{rest + after:,}"))
     return _table(title, ("module", "shape", "rank", "before", "after"), rows)
 
 
@@ -211,8 +242,8 @@ def evaluation_table(name: str, found: Perplexity | Comparison, against: str | N
         return table
     error = "" if found.standard_error is None else f" +- {found.standard_error:.4f} (paired)"
     line = (
-        f"loss difference {found.difference:+.4f}{error}, KL {found.kl:.4f} nats, "
-        f"same first token {found.agreement:.1%}"
+        f"loss minus that of the reference {found.difference:+.4f}{error}, "
+        f"KL(reference || model) {found.kl:.4f} nats per token, top-1 agreement {found.agreement:.1%}"
     )
     return Group(table, Text(line))
 
@@ -238,19 +269,20 @@ def model_card(result: Result, folder: str) -> str:
     rows = [*size_rows(result), *quality_rows(result)]
     smallest = sorted(result.modules, key=lambda module: module.after / module.before)[:_MODULES_SHOWN]
     modules = [
-        (module.name, f"{module.shape[0]} x {module.shape[1]}", module.form, str(module.rank),
-         _share(module.after, module.before))
-        for module in smallest
-    ]  # fmt: skip
+        (m.name, f"{m.shape[0]} x {m.shape[1]}", m.form, str(m.rank), _share(m.after, m.before))
+        for m in smallest
+    ]
     base = result.source.replace("\\", "/").rsplit("/", 1)[-1]
     notes = "\n".join(f"- {remark}" for remark in remarks(result))
     return f"""---
 library_name: transformers
+pipeline_tag: text-generation
 tags: [eckart, low-rank, compressed]
 ---
 # {folder}
 
-{base} ({result.architecture}), compressed by [eckart]: method `{result.recipe.method}`, {_budget(result)}.
+{base} ({result.architecture}), compressed by [eckart]
+{environment.describe()["versions"]["eckart"]}: method `{result.recipe.method}`, {_budget(result)}.
 
 ```python
 import eckart  # pip install eckart
@@ -266,6 +298,8 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 
 {calibration_line(result)}
 
+Notes:
+
 {notes}
 
 Not measured: anything but perplexity on one text. The licence and terms of the base model apply.
@@ -273,13 +307,28 @@ Not measured: anything but perplexity on one text. The licence and terms of the 
 ## Matrices that gave most
 {markdown_table(("module", "shape", "form", "rank", "share"), modules)}
 
-The full list is in `eckart.json`. To repeat it: `eckart compress --recipe recipe.yaml --out DIR`, with
+The full list is in `eckart.json`. To repeat it: `eckart compress MODEL --recipe recipe.yaml --out DIR`, where
+the recipe names its files as they were given then:
 
 ```yaml
-{to_yaml(result.recipe)}```
+{to_yaml(_without_folders(result.recipe))}```
 
 [eckart]: https://pypi.org/project/eckart
 """
+
+
+def _without_folders(recipe: Recipe) -> Recipe:
+    """Return `recipe` with the names of files alone: a card is for others."""
+    return dataclasses.replace(
+        recipe,
+        model=None if recipe.model is None else _name(recipe.model),
+        text=tuple(map(_name, recipe.text)),
+        eval_text=tuple(map(_name, recipe.eval_text)),
+    )
+
+
+def _name(source: str) -> str:
+    return Path(source).name if Path(source).exists() else source
 
 
 def documents(result: Result, folder: str) -> dict[str, str]:

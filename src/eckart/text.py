@@ -90,7 +90,7 @@ def _dataset_rows(source: str) -> Iterable[Mapping[str, Any]]:
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
             name, config or None, split=split or "train"
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(f"{source} is neither a file nor a dataset that can be loaded: {error}") from error
     return rows
 
@@ -101,7 +101,7 @@ def tokenize(text: str, tokenizer: Any) -> Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
-def windows(tokens: Tensor, seq_len: int, bos: int | None = None) -> Tensor:
+def windows(tokens: Tensor, seq_len: int, bos: int | None = None, what: str = "the text") -> Tensor:
     """Cut `tokens` (count,) into consecutive windows (k, seq_len); what is left at the end is dropped.
 
     With `bos` each window begins with that id and holds seq_len - 1 tokens of the text. A text
@@ -113,7 +113,10 @@ def windows(tokens: Tensor, seq_len: int, bos: int | None = None) -> Tensor:
     body = seq_len if bos is None else seq_len - 1
     body = min(body, len(tokens))
     if body < 2:
-        raise ConfigError(f"{len(tokens)} tokens of text: at least 2 are needed, in windows of {seq_len}")
+        raise ConfigError(
+            f"{what} has {len(tokens)} tokens, at least 2 are needed and windows are of {seq_len}: "
+            "give a longer text"
+        )
     rows = tokens[: len(tokens) // body * body].reshape(-1, body)
     if bos is None:
         return rows

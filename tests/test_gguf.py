@@ -52,11 +52,12 @@ def file(tmp_path: Path, tokenizer: Any) -> Path:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    vocabulary[-1] = ("th", vocabulary[-1][1])  # a byte that the text lacks makes room for a merge
+    # Two bytes that the text lacks make room for merges: some readers take a list of one for its item.
+    vocabulary[-2:] = [("th", len(vocabulary) - 2), ("he", len(vocabulary) - 1)]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if token in ("<s>", "</s>") else 1 for token, _ in vocabulary])
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "h e"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     for name, tensor in models.state_tensors(model).items():

@@ -180,4 +180,5 @@ def test_accounted_bytes_are_file_bytes(compress: Compress, tmp_path: Path) -> N
             assert result.after.bytes == hub.weight_bytes(out)
     dense = tiny.build("llama", torch.bfloat16)
     dense.save_pretrained(tmp_path / "dense")
-    assert hub.dense_bytes(tiny.build("llama"), torch.bfloat16) == hub.weight_bytes(tmp_path / "dense")
+    tensors = models.state_tensors(tiny.build("llama"))
+    assert hub.accounted_bytes(tensors, torch.bfloat16) == hub.weight_bytes(tmp_path / "dense")

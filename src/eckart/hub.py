@@ -312,8 +312,3 @@ def write(folder: Path, model: Any, tokenizer: Any, max_shard_size: str = "5GB")
         plugin.guard_file(folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def dense_bytes(model: Any, as_dtype: torch.dtype) -> int:
-    """Return the bytes of `model` in one safetensors file of `as_dtype`."""
-    return accounted_bytes(models.state_tensors(model), as_dtype)

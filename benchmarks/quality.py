@@ -26,7 +26,7 @@ COLUMNS = [
     "predicted",
     "measured",
     "seconds",
-    "peak MB",
+    "peak MB so far",
 ]
 
 
@@ -82,7 +82,7 @@ def measure(
             "predicted": result.predicted_increase,
             "measured": result.compressed.loss - result.dense.loss,
             "seconds": once + result.seconds["replace"],
-            "peak_mb": result.peak_memory["ram"] / 1e6,
+            "peak_mb_so_far": result.peak_memory["ram"] / 1e6,
         }
         for module_name, module in dense.items():
             models.replace(model, module_name, module)

@@ -73,6 +73,16 @@ def test_windows_cut_without_overlap_and_drop_the_rest() -> None:
         text.windows(torch.arange(1), 512)
 
 
+def test_a_begin_token_that_is_wanted_must_exist(tokenizer: Any) -> None:
+    class Without:
+        bos_token_id = None
+
+    assert text.begin_token(tokenizer, True) == tokenizer.bos_token_id
+    assert text.begin_token(Without(), False) is None
+    with pytest.raises(ConfigError, match="the tokenizer has no begin-of-text token"):
+        text.begin_token(Without(), True)
+
+
 def test_pick_is_reproducible_and_in_order() -> None:
     rows = torch.arange(100).reshape(20, 5)
     first, second = (text.pick(rows, 7, torch.Generator().manual_seed(3)) for _ in range(2))

@@ -186,10 +186,7 @@ def _eval_windows(sources: Sources, tokenizer: Any, tokens: int, seq_len: int, b
     if tokens < 2 or seq_len < 2:
         raise ConfigError(f"tokens {tokens}, seq_len {seq_len}: both must be at least 2")
     parts = [text.tokenize(text.read(source, tokenizer), tokenizer) for source in _sources(sources) or ()]
-    start = tokenizer.bos_token_id if bos else None
-    if bos and start is None:
-        raise ConfigError("bos: the tokenizer has no begin-of-text token")
-    return text.windows(torch.cat(parts)[:tokens], seq_len, start)
+    return text.windows(torch.cat(parts)[:tokens], seq_len, text.begin_token(tokenizer, bos))
 
 
 def _same_vocabulary(first: hub.Loaded, second: hub.Loaded) -> None:

@@ -120,6 +120,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     if models.low_rank_modules(model):
         raise ModelError("the model is already low-rank: eckart.densify it first")
     found = _targets(recipe, model)
+    # An unreachable budget is refused now, not after the calibration.
     budget.choose(recipe, _limit(recipe, model, found, loaded.stored), found)
     recipe.check_text()
     for target in found:
@@ -201,7 +202,7 @@ def _windows(recipe: Recipe, tokenizer: Any, run: _Run) -> tuple[Tensor | None, 
         return None, None, False
     if tokenizer is None:
         raise ModelError("text needs a tokenizer: pass tokenizer=")
-    bos = tokenizer.bos_token_id if recipe.bos else None
+    bos = text.begin_token(tokenizer, recipe.bos)
     texts = text.load(recipe.text or recipe.eval_text, recipe.eval_text, tokenizer)
     held_out = text.windows(
         texts.evaluation[: recipe.eval_tokens], recipe.seq_len, bos, "the text to measure on"

@@ -272,28 +272,8 @@ def model_card(result: Result, folder: str) -> str:
         (m.name, f"{m.shape[0]} x {m.shape[1]}", m.form, str(m.rank), _share(m.after, m.before))
         for m in smallest
     ]
-    base = result.source.replace("\\", "/").rsplit("/", 1)[-1]
     notes = "\n".join(f"- {remark}" for remark in remarks(result))
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [eckart, low-rank, compressed]
----
-# {folder}
-
-{base} ({result.architecture}), compressed by [eckart]
-{environment.describe()["versions"]["eckart"]}: method `{result.recipe.method}`, {_budget(result)}.
-
-```python
-import eckart  # pip install eckart
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```
-
-`eckart.densify(model)` gives back an ordinary model of the original shape.
-
+    return f"""{_card_head(result, folder)}
 {markdown_table(("", "before", "after", "share"), rows)}
 
 {calibration_line(result)}
@@ -312,8 +292,30 @@ the recipe names its files as they were given then:
 
 ```yaml
 {to_yaml(_without_folders(result.recipe))}```
+"""
 
-[eckart]: https://pypi.org/project/eckart
+
+def _card_head(result: Result, folder: str) -> str:
+    version = environment.describe()["versions"]["eckart"]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [eckart, low-rank, compressed]
+---
+# {folder}
+
+{_name(result.source)} ({result.architecture}), compressed by eckart {version}:
+method `{result.recipe.method}`, {_budget(result)}.
+
+```python
+import eckart  # pip install eckart
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+`eckart.densify(model)` gives back an ordinary model of the original shape.
 """
 
 

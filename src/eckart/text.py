@@ -123,6 +123,20 @@ def windows(tokens: Tensor, seq_len: int, bos: int | None = None, what: str = "t
     return torch.cat([torch.full((len(rows), 1), bos, dtype=rows.dtype), rows], dim=1)
 
 
+def begin_token(tokenizer: Any, wanted: bool) -> int | None:
+    """Return the id that begins every window if that is `wanted`, else None.
+
+    Raises:
+        ConfigError: it is wanted and the tokenizer has none.
+    """
+    if not wanted:
+        return None
+    found: int | None = tokenizer.bos_token_id
+    if found is None:
+        raise ConfigError("bos: the tokenizer has no begin-of-text token")
+    return found
+
+
 def pick(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return `count` of the windows `rows` at random, in the order of the text; all if there are fewer."""
     chosen = torch.randperm(len(rows), generator=generator)[:count]

@@ -94,7 +94,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["method"], row["budget"], f"{row['keep_linears']:.3f}", f"{row['keep_model']:.3f}",
         f"{row['perplexity']:,.2f}", predicted, f"{row['measured']:+.3f}", f"{row['seconds']:.0f}",
-        f"{row['peak_mb']:,.0f}",
+        f"{row['peak_mb_so_far']:,.0f}",
     )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(
     assert plan["exact"]
     assert {module["rank"] for module in plan["modules"]} == {4}
     found = run("compress", llama_folder, "--keep", 0.8, "--dry-run")
-    assert "spectra will redistribute them" in found.output
+    assert "what text shows will redistribute it" in found.output
     found = run("compress", llama_folder, "--energy", 0.9, "--dry-run")
     assert "the ranks follow from spectra" in found.output
     assert "dense" not in found.output

@@ -20,12 +20,12 @@ FORM = st.sampled_from(FORMS)
 # Losses are whole numbers, so that sums and slopes compare exactly.
 
 
-def made(costs: list[int], losses: list[int]) -> Curve:
+def made(costs: list[int], losses: list[int]) -> Curve[int]:
     return Curve(tuple(range(1, len(costs) + 1)), tuple(costs), tuple(float(loss) for loss in losses))
 
 
 @st.composite
-def any_curve(draw: st.DrawFn) -> Curve:
+def any_curve(draw: st.DrawFn) -> Curve[int]:
     """Any losses at all, the last of them 0."""
     steps = draw(st.lists(st.integers(1, 9), min_size=1, max_size=5))
     losses = draw(st.lists(st.integers(0, 60), min_size=len(steps) - 1, max_size=len(steps) - 1))
@@ -33,7 +33,7 @@ def any_curve(draw: st.DrawFn) -> Curve:
 
 
 @st.composite
-def convex_curve(draw: st.DrawFn, step: int | None = None) -> Curve:
+def convex_curve(draw: st.DrawFn, step: int | None = None) -> Curve[int]:
     """Gains per cost that fall; every step costs `step`, or what is drawn."""
     slopes = sorted(draw(st.lists(st.integers(0, 20), max_size=4)))
     costs, losses = [0], [0]
@@ -45,7 +45,7 @@ def convex_curve(draw: st.DrawFn, step: int | None = None) -> Curve:
     return made([first + costs[-1] - cost for cost in reversed(costs)], losses[::-1])
 
 
-def named(curves: st.SearchStrategy[Curve]) -> st.SearchStrategy[dict[str, Curve]]:
+def named(curves: st.SearchStrategy[Curve[int]]) -> st.SearchStrategy[dict[str, Curve[int]]]:
     return st.lists(curves, min_size=1, max_size=3).map(
         lambda found: {name: found[place] for place, name in enumerate("abc"[: len(found)])}
     )
@@ -54,21 +54,21 @@ def named(curves: st.SearchStrategy[Curve]) -> st.SearchStrategy[dict[str, Curve
 MIXED = named(st.one_of(any_curve(), convex_curve()))
 
 
-def cost_of(curves: dict[str, Curve], chosen: dict[str, int]) -> int:
+def cost_of(curves: dict[str, Curve[int]], chosen: dict[str, int]) -> int:
     return sum(curve.costs[chosen[name]] for name, curve in curves.items())
 
 
-def loss_of(curves: dict[str, Curve], chosen: dict[str, int]) -> float:
+def loss_of(curves: dict[str, Curve[int]], chosen: dict[str, int]) -> float:
     return sum(curve.losses[chosen[name]] for name, curve in curves.items())
 
 
-def optimum(curves: dict[str, Curve], budget: int) -> float:
+def optimum(curves: dict[str, Curve[int]], budget: int) -> float:
     options = product(*(zip(curve.costs, curve.losses, strict=True) for curve in curves.values()))
     totals = ((sum(cost for cost, _ in pick), sum(loss for _, loss in pick)) for pick in options)
     return min(loss for cost, loss in totals if cost <= budget)
 
 
-def hull_steps(curves: dict[str, Curve]) -> list[tuple[float, int, float]]:
+def hull_steps(curves: dict[str, Curve[int]]) -> list[tuple[float, int, float]]:
     """Slope, cost and gain of every hull step, steepest first."""
     steps = []
     for found in curves.values():
@@ -78,15 +78,15 @@ def hull_steps(curves: dict[str, Curve]) -> list[tuple[float, int, float]]:
     return sorted(steps, reverse=True)
 
 
-def least(curves: dict[str, Curve]) -> int:
+def least(curves: dict[str, Curve[int]]) -> int:
     return sum(found.costs[0] for found in curves.values())
 
 
-def every_budget(curves: dict[str, Curve]) -> range:
+def every_budget(curves: dict[str, Curve[int]]) -> range:
     return range(least(curves), sum(found.costs[-1] for found in curves.values()) + 3)
 
 
-def breakpoints(curves: dict[str, Curve]) -> list[int]:
+def breakpoints(curves: dict[str, Curve[int]]) -> list[int]:
     """Costs of the vertices of the joint hull: all steps above some slope are taken."""
     spent, found = least(curves), [least(curves)]
     steps = hull_steps(curves)
@@ -102,7 +102,7 @@ def breakpoints(curves: dict[str, Curve]) -> list[int]:
 
 @given(curves=MIXED, beyond=st.integers(0, 100))
 @settings(FAST, max_examples=100)
-def test_the_budget_is_never_exceeded(curves: dict[str, Curve], beyond: int) -> None:
+def test_the_budget_is_never_exceeded(curves: dict[str, Curve[int]], beyond: int) -> None:
     budget = least(curves) + beyond
     chosen = allocate(curves, budget)
     assert list(chosen) == list(curves)
@@ -111,7 +111,7 @@ def test_the_budget_is_never_exceeded(curves: dict[str, Curve], beyond: int) -> 
 
 @given(curves=MIXED)
 @FAST
-def test_the_optimum_is_met_at_the_breakpoints_of_the_joint_hull(curves: dict[str, Curve]) -> None:
+def test_the_optimum_is_met_at_the_breakpoints_of_the_joint_hull(curves: dict[str, Curve[int]]) -> None:
     for budget in breakpoints(curves):
         assert loss_of(curves, allocate(curves, budget)) == optimum(curves, budget)
 
@@ -128,7 +128,7 @@ def test_the_optimum_is_met_everywhere_on_convex_curves_of_equal_steps(
 
 @given(curves=MIXED)
 @FAST
-def test_the_optimum_is_missed_by_at_most_one_hull_step(curves: dict[str, Curve]) -> None:
+def test_the_optimum_is_missed_by_at_most_one_hull_step(curves: dict[str, Curve[int]]) -> None:
     worst = max((gain for _, _, gain in hull_steps(curves)), default=0.0)
     for budget in every_budget(curves):
         assert loss_of(curves, allocate(curves, budget)) <= optimum(curves, budget) + worst
@@ -136,7 +136,7 @@ def test_the_optimum_is_missed_by_at_most_one_hull_step(curves: dict[str, Curve]
 
 @given(curves=MIXED)
 @FAST
-def test_more_budget_never_costs_more_loss_at_breakpoints(curves: dict[str, Curve]) -> None:
+def test_more_budget_never_costs_more_loss_at_breakpoints(curves: dict[str, Curve[int]]) -> None:
     losses = [loss_of(curves, allocate(curves, budget)) for budget in breakpoints(curves)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] == 0
@@ -144,7 +144,7 @@ def test_more_budget_never_costs_more_loss_at_breakpoints(curves: dict[str, Curv
 
 @given(curves=MIXED, budget=st.integers(0, 100))
 @FAST
-def test_what_is_left_buys_nothing_more(curves: dict[str, Curve], budget: int) -> None:
+def test_what_is_left_buys_nothing_more(curves: dict[str, Curve[int]], budget: int) -> None:
     budget += least(curves)
     chosen = allocate(curves, budget)
     left = budget - cost_of(curves, chosen)
@@ -156,10 +156,10 @@ def test_what_is_left_buys_nothing_more(curves: dict[str, Curve], budget: int) -
 
 @given(curves=MIXED, budget=st.integers(0, 100), unit=st.sampled_from([0.25, 2.0, 1024.0]))
 @FAST
-def test_only_the_ratio_of_losses_matters(curves: dict[str, Curve], budget: int, unit: float) -> None:
+def test_only_the_ratio_of_losses_matters(curves: dict[str, Curve[int]], budget: int, unit: float) -> None:
     budget += least(curves)
     scaled = {
-        name: Curve(found.ranks, found.costs, tuple(unit * loss for loss in found.losses))
+        name: Curve(found.options, found.costs, tuple(unit * loss for loss in found.losses))
         for name, found in curves.items()
     }
     assert allocate(scaled, budget) == allocate(curves, budget)
@@ -186,7 +186,7 @@ def test_equal_singular_values_are_spent_in_order() -> None:
     tail = WeightedSVD(spectrum, spectrum, spectrum).tail()
     found = curve("factored", (10, 20), tail)
     chosen = allocate({"a": found}, parameters("factored", (10, 20), 5))
-    assert found.ranks[chosen["a"]] == 5
+    assert found.options[chosen["a"]] == 5
 
 
 def test_equal_gains_are_spent_before_smaller_ones() -> None:
@@ -204,7 +204,7 @@ def test_a_budget_below_the_least_is_refused() -> None:
 
 @given(found=st.one_of(any_curve(), convex_curve()))
 @settings(FAST, max_examples=100)
-def test_the_hull_is_convex_falls_and_lies_below_every_option(found: Curve) -> None:
+def test_the_hull_is_convex_falls_and_lies_below_every_option(found: Curve[int]) -> None:
     chain = hull(found.costs, found.losses)
     slopes = [
         (found.losses[end] - found.losses[start]) / (found.costs[end] - found.costs[start])
@@ -222,7 +222,7 @@ def test_the_hull_is_convex_falls_and_lies_below_every_option(found: Curve) -> N
 
 @given(found=convex_curve())
 @FAST
-def test_a_convex_curve_is_its_own_hull(found: Curve) -> None:
+def test_a_convex_curve_is_its_own_hull(found: Curve[int]) -> None:
     chain = hull(found.costs, found.losses)
     assert chain == list(range(len(chain)))
     assert found.losses[chain[-1]] == 0
@@ -248,7 +248,7 @@ def test_a_curve_ends_in_the_dense_matrix(
     tail = torch.arange(min(shape), -1, -1, dtype=torch.float64)
     found = curve(form, shape, tail, multiple=multiple, unit=unit)
     legal = legal_ranks(form, shape, multiple)
-    assert found.ranks == (*legal, min(shape))
+    assert found.options == (*legal, min(shape))
     assert found.costs == (*(parameters(form, shape, rank) for rank in legal), rows * columns)
     assert found.losses == (*(unit * float(tail[rank]) for rank in legal), 0.0)
     assert all(first < second for first, second in pairwise(found.costs))

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from eckart import ConfigError, text
+from eckart import ConfigError, Recipe, text, windows
 
 
 def test_a_plain_file_is_read_whole(tmp_path: Path, tokenizer: Any) -> None:
@@ -83,13 +83,26 @@ def test_a_begin_token_that_is_wanted_must_exist(tokenizer: Any) -> None:
         text.begin_token(Without(), True)
 
 
-def test_pick_is_reproducible_and_in_order() -> None:
-    rows = torch.arange(100).reshape(20, 5)
-    first, second = (text.pick(rows, 7, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert torch.equal(first, second)
-    assert first[:, 0].tolist() == sorted(first[:, 0].tolist())
-    assert not torch.equal(first, text.pick(rows, 7, torch.Generator().manual_seed(4)))
-    assert torch.equal(text.pick(rows, 99, torch.Generator().manual_seed(3)), rows)
+def test_windows_are_drawn_once_and_in_order(text_file: Path, tokenizer: Any) -> None:
+    def read(seed: int, tokens: int = 1024) -> tuple[list[Any], list[Any]]:
+        recipe = Recipe(keep=0.5, text=(str(text_file),), tokens=tokens, seq_len=64, seed=seed)
+        found = windows.read(recipe, tokenizer, warnings)
+        assert found.calibration is not None
+        assert found.trial is not None
+        return [tuple(row) for row in found.calibration.tolist()], [
+            tuple(row) for row in found.trial.tolist()
+        ]
+
+    warnings: list[str] = []
+    rows, trial = read(3)
+    assert read(3) == (rows, trial)
+    assert read(4)[0] != rows
+    assert len(rows) == 16
+    assert not set(rows) & set(trial)
+    assert not warnings
+    whole, _ = read(3, tokens=10**6)
+    assert "fewer than tokens = 1,000,000" in warnings[0]
+    assert [row for row in whole if row in set(rows)] == rows
 
 
 def test_held_out_text_is_the_end_and_never_calibrated_on(tmp_path: Path, tokenizer: Any) -> None:

@@ -8,9 +8,8 @@ import torch
 
 from . import hub, measure, models, pipeline, recipe, report, text
 from .errors import ConfigError, ModelError
-from .factors import Form
 from .measure import Comparison, Perplexity
-from .methods import Allocation
+from .methods import Allocation, Shape
 from .recipe import Of, Override, Recipe
 from .result import Result
 
@@ -33,7 +32,9 @@ def compress(
     energy: float | None = None,
     method: str | None = None,
     allocation: Allocation | None = None,
-    form: Form | None = None,
+    form: Shape | None = None,
+    stock: bool | None = None,
+    depth: bool | None = None,
     text: Sources | None = None,
     eval_text: Sources | None = None,
     include: Sources | None = None,
@@ -69,7 +70,8 @@ def compress(
     """
     given = {
         "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy, "method": method,
-        "allocation": allocation, "form": form, "text": _sources(text), "eval_text": _sources(eval_text),
+        "allocation": allocation, "form": form, "stock": stock, "depth": depth,
+        "text": _sources(text), "eval_text": _sources(eval_text),
         "include": _sources(include), "exclude": _sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),
         "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed,

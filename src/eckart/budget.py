@@ -3,37 +3,64 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import models
+from .dimensions import Dimension
 from .errors import RankError
 from .factors import Form, index_bytes, parameters
 from .models import Target
-from .ranks import Curve, Energy, Fixed, Keep, allocate, by_energy, curve, uniform
+from .ranks import (
+    Curve,
+    Energy,
+    Fixed,
+    Keep,
+    allocate,
+    by_energy,
+    curve,
+    either,
+    legal_widths,
+    together,
+    uniform,
+    width_curve,
+)
 from .recipe import Recipe
 
 Rule = Fixed | Keep | Energy | None
+Become = Form | Literal["dense", "narrow", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What becomes of one matrix: rank None means that it stays dense."""
+    """What becomes of one matrix: a form at a rank, or `rank` of the `units` of a hidden dimension.
+
+    Of a dense matrix, the rank is the smaller side; of one that is dropped with its block, 0.
+    """
 
     target: Target
-    form: Form
-    rank: int | None
+    form: Become
+    rank: int
+    units: int = 0
 
     @property
     def parameters(self) -> int:
         """Parameters after, bias not counted."""
-        return self.target.size if self.rank is None else parameters(self.form, self.target.shape, self.rank)
+        if self.form == "dense":
+            return self.target.size
+        if self.form == "narrow":
+            return self.target.size // self.units * self.rank
+        return 0 if self.form == "dropped" else parameters(self.form, self.target.shape, self.rank)
 
-    @property
-    def index_bytes(self) -> int:
-        """Bytes kept beside the parameters."""
-        return 0 if self.rank is None else index_bytes(self.form, self.target.shape)
+
+def dense(target: Target) -> Choice:
+    """Return the choice to leave `target` as it is."""
+    return Choice(target, "dense", min(target.shape))
+
+
+Options = Curve[tuple[Choice, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +119,26 @@ def _fixed(recipe: Recipe, target: Target) -> tuple[bool, Rule]:
     return (False, None) if place is None else (True, recipe.overrides[place].rule())
 
 
-def _apply(rule: Rule, form: Form, target: Target, multiple: int, tail: Tensor | None) -> Choice:
-    if rule is None:
-        return Choice(target, target.form(form), None)
+def _apply(rule: Rule, form: Form | None, target: Target, multiple: int, losses: Tensor | None) -> Choice:
     form = target.form(form)
-    if isinstance(rule, Energy):
-        if tail is None:
-            return Choice(target, form, None)
-        return Choice(target, form, by_energy(rule, form, target.shape, tail, multiple))
-    return Choice(target, form, uniform(rule, form, target.shape, multiple))
+    if rule is None or form is None:
+        return dense(target)
+    if not isinstance(rule, Energy):
+        rank = uniform(rule, form, target.shape, multiple)
+    else:
+        rank = None if losses is None else by_energy(rule, form, target.shape, losses, multiple)
+    return dense(target) if rank is None else Choice(target, form, rank)
 
 
 def choose(
     recipe: Recipe,
     budget: Budget,
     targets: Sequence[Target],
-    tails: Mapping[str, Tensor] | None = None,
-    units: Mapping[str, float] | None = None,
+    dimensions: Sequence[Dimension] = (),
+    losses: Mapping[str, Tensor] | None = None,
+    *,
+    exchange: float = 1.0,
+    blocks: Mapping[str, float] | None = None,
 ) -> list[Choice]:
     """Return what becomes of every target, in order, within `budget`.
 
@@ -116,72 +146,139 @@ def choose(
         recipe: rules, overrides, form, allocation, multiple.
         budget: from `settle`.
         targets: the treated matrices.
-        tails: per name the weighted squared error of every rank (k + 1,). None (a dry run) gives
-            the ranks of uniform allocation wherever spectra would decide.
-        units: per name the factor from squared error to loss per token.
+        dimensions: what may be made narrower, where the recipe's form says so.
+        losses: per name of a target (a dimension) the estimated loss of every rank (width). None (a dry run)
+            gives the ranks of uniform allocation wherever spectra would decide.
+        exchange: what the estimates of low-rank MLP matrices are multiplied by, to be compared with those
+            of widths.
+        blocks: what it costs to leave out each of these blocks.
 
     Raises:
         RankError: the budget cannot be reached.
     """
-    method = recipe.resolved_method()
+    method, step = recipe.resolved_method(), recipe.step()
     decided: dict[str, Choice] = {}
     for target in targets:
         own, rule = _fixed(recipe, target)
         if own or budget.parameters is None:
             rule = rule if own else recipe.rule()
-            tail = tails[target.name] if tails is not None else None
-            decided[target.name] = _apply(rule, method.form, target, recipe.multiple, tail)
+            known = losses[target.name] if losses is not None else None
+            decided[target.name] = _apply(rule, method.low_rank, target, step, known)
     free = [target for target in targets if target.name not in decided]
+    names = {target.name for target in free}
+    open_ones = [found for found in dimensions if method.narrows and names.issuperset(found.members)]
     if free and budget.parameters is not None:
-        left = budget.parameters - sum(choice.parameters for choice in decided.values())
-        if method.allocation == "curvature" and tails is not None and units is not None:
-            found = _by_curvature(recipe, budget, free, left, tails, units)
+        spent = sum(choice.parameters for choice in decided.values())
+        if method.allocation == "curvature" and losses is not None:
+            menus = _menus(recipe, free, open_ones, losses, exchange)
+            menus = _with_blocks(menus, blocks or {})
+            found = _allocated(menus, budget, budget.parameters - spent)
         else:
-            found = _uniformly(recipe, free, left)
+            found = _uniformly(recipe, free, open_ones, budget.parameters - spent)
         decided |= {choice.target.name: choice for choice in found}
     choices = [decided[target.name] for target in targets]
     budget.check(choices)
     return choices
 
 
-def _uniformly(recipe: Recipe, free: Sequence[Target], left: int) -> list[Choice]:
-    form = recipe.resolved_method().form
-    share = left / sum(target.size for target in free)
-    rule = Keep(min(max(share, 1e-9), 1.0))
-    return [_apply(rule, form, target, recipe.multiple, None) for target in free]
-
-
-def _by_curvature(
-    recipe: Recipe,
-    budget: Budget,
-    free: Sequence[Target],
-    left: int,
-    tails: Mapping[str, Tensor],
-    units: Mapping[str, float],
+def _uniformly(
+    recipe: Recipe, free: Sequence[Target], dimensions: Sequence[Dimension], left: int
 ) -> list[Choice]:
-    form = recipe.resolved_method().form
-    curves: dict[str, Curve] = {
-        target.name: curve(
-            target.form(form),
-            target.shape,
-            tails[target.name],
-            multiple=recipe.multiple,
-            unit=units[target.name],
-        )
-        for target in free
-    }
-    least = sum(curve.costs[0] for curve in curves.values())
-    if least > left:
-        raise budget.unreachable(least + (budget.parameters or 0) - left)
-    options = allocate(curves, left)
+    """Keep the same share of every matrix: MLPs by their width where the form allows it."""
+    method = recipe.resolved_method()
+    widths = {name: found for found in dimensions if found.kind == "mlp" for name in found.members}
+    shrinking = [target for target in free if target.name in widths or target.form(method.low_rank)]
+    left -= sum(target.size for target in free) - sum(target.size for target in shrinking)
+    share = min(max(left / max(sum(target.size for target in shrinking), 1), 1e-9), 1.0)
     choices = []
     for target in free:
-        option, ranks = options[target.name], curves[target.name].ranks
-        choices.append(Choice(target, target.form(form), None if option == len(ranks) - 1 else ranks[option]))
+        if target.name in widths:
+            units = widths[target.name].units
+            legal = [*legal_widths(units, recipe.step()), units]
+            width = max([width for width in legal if width <= share * units] or legal[:1])
+            choices.append(_narrow(target, width, units))
+        else:
+            choices.append(_apply(Keep(share), method.low_rank, target, recipe.step(), None))
     return choices
 
 
-def fixed_bytes(model: torch.nn.Module, targets: Sequence[Target], form: Form, itemsize: int) -> int:
+def _narrow(target: Target, width: int, units: int) -> Choice:
+    return dense(target) if width == units else Choice(target, "narrow", width, units)
+
+
+def _ranked(target: Target, form: Form, losses: Tensor, step: int) -> Options:
+    """Return what one matrix may become: `form` at any rank that is worth it, or dense."""
+    ranks = curve(form, target.shape, losses, multiple=step)
+    options = [(Choice(target, form, rank),) for rank in ranks.options[:-1]]
+    return Curve((*options, (dense(target),)), ranks.costs, ranks.losses)
+
+
+def _narrowed(members: Sequence[Target], dimension: Dimension, losses: Tensor, step: int) -> Options:
+    """Return what the matrices of a dimension may become together: any width."""
+    size = sum(target.size for target in members)
+    widths = width_curve(size, losses, multiple=step if dimension.kind == "mlp" else 1)
+    options = [
+        tuple(_narrow(target, width, dimension.units) for target in members) for width in widths.options
+    ]
+    return Curve(tuple(options), widths.costs, widths.losses)
+
+
+def _menus(
+    recipe: Recipe,
+    free: Sequence[Target],
+    dimensions: Sequence[Dimension],
+    losses: Mapping[str, Tensor],
+    exchange: float,
+) -> list[Options]:
+    """Return the curve of every dimension, and of every matrix that belongs to none."""
+    form, step = recipe.resolved_method().low_rank, recipe.step()
+    left = {target.name: target for target in free}
+    menus: list[Options] = []
+    for dimension in dimensions:
+        members = [left.pop(name) for name in dimension.members]
+        ways = [_narrowed(members, dimension, losses[dimension.name], step)]
+        if form is not None:
+            rate = exchange if dimension.kind == "mlp" else 1.0
+            ways.append(
+                together([_ranked(target, form, rate * losses[target.name], step) for target in members])
+            )
+        menus.append(either(ways))
+    for target in left.values():
+        own = target.form(form)
+        if own is None:
+            menus.append(Curve(((dense(target),),), (target.size,), (0.0,)))
+        else:
+            menus.append(_ranked(target, own, losses[target.name], step))
+    return menus
+
+
+def _with_blocks(menus: Sequence[Options], blocks: Mapping[str, float]) -> list[Options]:
+    """Join the menus of each of `blocks` into one that also offers to leave the block out."""
+    groups: dict[str, list[Options]] = {name: [] for name in blocks}
+    rest: list[Options] = []
+    for menu in menus:
+        name = menu.options[0][0].target.name
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        (rest if block is None else groups[block]).append(menu)
+    joined = []
+    for block, inside in groups.items():
+        if inside:
+            whole = together(inside)
+            gone = tuple(Choice(choice.target, "dropped", 0) for choice in whole.options[0])
+            joined.append(either([Curve((gone,), (0,), (blocks[block],)), whole]))
+    return [*joined, *rest]
+
+
+def _allocated(menus: Sequence[Options], budget: Budget, left: int) -> list[Choice]:
+    least = sum(min(menu.costs) for menu in menus)
+    if least > left:
+        raise budget.unreachable(least + (budget.parameters or 0) - left)
+    curves = {str(place): menu for place, menu in enumerate(menus)}
+    places = allocate(curves, left)
+    return [choice for name, menu in curves.items() for choice in menu.options[places[name]]]
+
+
+def fixed_bytes(model: torch.nn.Module, targets: Sequence[Target], form: Form | None, itemsize: int) -> int:
     """Return the bytes of a weight file without the treated matrices, the file's own header included.
 
     The header is bounded from above: three entries of at most 120 characters beside the name for
@@ -189,7 +286,8 @@ def fixed_bytes(model: torch.nn.Module, targets: Sequence[Target], form: Form, i
     """
     treated = {f"{target.name}.weight" for target in targets}
     header = sum(3 * (len(target.name) + 120) for target in targets) + 256
-    total = sum(index_bytes(target.form(form), target.shape) for target in targets)
+    forms = [(target.form(form), target.shape) for target in targets]
+    total = sum(index_bytes(own, shape) for own, shape in forms if own is not None)
     for name, tensor in models.state_tensors(model).items():
         if name not in treated:
             size = itemsize if tensor.is_floating_point() else tensor.element_size()

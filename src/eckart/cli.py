@@ -132,13 +132,27 @@ def compress(
     method: Annotated[
         str | None, typer.Option(help="svd, fwsvd, asvd, svd-llm, io-svd, pifa or eckart (default).")
     ] = None,
-    form: Annotated[str | None, typer.Option(help="factored or pivoted; default: the method's.")] = None,
+    form: Annotated[
+        str | None, typer.Option(help="factored, pivoted, width or mixed; default: the method's.")
+    ] = None,
+    stock: Annotated[
+        bool | None,
+        typer.Option("--stock/--no-stock", help="By width, an ordinary model that needs no eckart to load."),
+    ] = None,
+    depth: Annotated[
+        bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")
+    ] = None,
+    landmarks: Annotated[
+        str | None, typer.Option(help="Channels to keep: by curvature (default), leverage or energy.")
+    ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform or curvature; default: the method's.")
     ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Globs on module names to treat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Globs on module names to leave alone.")] = None,
-    multiple: Annotated[int | None, typer.Option(help="Round ranks down to a multiple of this.")] = None,
+    multiple: Annotated[
+        int | None, typer.Option(help="Ranks and widths are multiples of this (1; stock: 32).")
+    ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to calibrate on (32768).")] = None,
     gradient_tokens: Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
@@ -176,7 +190,8 @@ def compress(
     """Make a model smaller and say what it cost."""
     given = {
         "model": model, "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
-        "method": method, "form": form, "allocation": allocation, "multiple": multiple,
+        "method": method, "form": form, "stock": stock, "depth": depth, "landmarks": landmarks,
+        "allocation": allocation, "multiple": multiple,
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),
         "include": tuple(include or ()), "exclude": tuple(exclude or ()), "tokens": tokens,
         "gradient_tokens": gradient_tokens, "seq_len": seq_len, "eval_tokens": eval_tokens,

@@ -6,21 +6,39 @@ A block's statistics are freed when it is factored, so that an executor may own 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from . import methods, models
+from . import methods, models, width
 from .calibrate import Calibrated
+from .dimensions import Dimension
 from .linalg import Metric, WeightedSVD, weighted_svd
 from .models import Target
 from .recipe import Recipe
+from .width import Narrowing
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A decomposed matrix; `unit * svd.tail()[r]` is the estimated loss per token of rank r."""
+    """A decomposed matrix, or the weight that reads a decomposed hidden dimension."""
 
-    svd: WeightedSVD
+    found: WeightedSVD | Narrowing
     unit: float
+
+    def losses(self) -> Tensor:
+        """Return the estimated loss per token of every rank, or width, from 0 to all (k + 1,)."""
+        return self.unit * self.found.tail()
+
+    @property
+    def svd(self) -> WeightedSVD:
+        """The decomposition of a matrix."""
+        assert isinstance(self.found, WeightedSVD)
+        return self.found
+
+    @property
+    def narrowing(self) -> Narrowing:
+        """The decomposition of a hidden dimension."""
+        assert isinstance(self.found, Narrowing)
+        return self.found
 
 
 def by_block(model: nn.Module, found: Sequence[Target]) -> list[list[Target]]:
@@ -37,19 +55,22 @@ def factor(
     recipe: Recipe,
     model: nn.Module,
     found: Sequence[Target],
+    dimensions: Sequence[Dimension],
     calibrated: Calibrated,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, Part], list[str]]:
-    """Return the decomposition of every target, and warnings about moments that lack tokens.
+    """Return the decomposition of every target and dimension, and warnings about moments that lack tokens.
 
     The statistics are used up: those of a block are freed as soon as it is done.
     """
     parts: dict[str, Part] = {}
     short: dict[str, int] = {}
     for group in by_block(model, found):
-        parts |= factor_block(recipe, model, group, calibrated, short)
+        own = {target.name for target in group}
+        inside = [dimension for dimension in dimensions if dimension.reader in own]
+        parts |= factor_block(recipe, model, group, inside, calibrated, short)
         calibrated.stats.forget([name for target in group for name in target.modules])
-        progress(len(parts), len(found))
+        progress(len(parts), len(found) + len(dimensions))
     warnings = [
         f"too few tokens for the rank of some {kind} moments: {need:,} are needed, damping "
         f"({recipe.damp:g}) fills the gap"
@@ -62,17 +83,27 @@ def factor_block(
     recipe: Recipe,
     model: nn.Module,
     group: Sequence[Target],
+    dimensions: Sequence[Dimension],
     calibrated: Calibrated,
     short: dict[str, int],
 ) -> dict[str, Part]:
-    """Decompose the matrices of one block; matrices that read the same input share its metric's root."""
+    """Decompose the matrices of one block; matrices that read the same input share its metric's root.
+
+    Matrices that can only be narrowed (form width) are not decomposed by themselves.
+    """
     method, stats = recipe.resolved_method(), calibrated.stats
     shared: dict[str, Metric] = {}
+    readers = {dimension.reader: dimension for dimension in dimensions}
     parts: dict[str, Part] = {}
     for target in group:
+        weight, unit = models.weight(model, target), _unit(method, calibrated, target.name)
         metrics = _metrics(recipe, target, calibrated, shared)
-        svd = weighted_svd(models.weight(model, target), *metrics)
-        parts[target.name] = Part(svd, _unit(method, calibrated, target.name))
+        if method.low_rank is not None:
+            parts[target.name] = Part(weighted_svd(weight, *metrics), unit)
+        if target.name in readers:
+            dimension = readers[target.name]
+            order = width.ORDERS[recipe.landmarks](weight, *metrics, dimension.units)
+            parts[dimension.name] = Part(width.narrow(weight, *metrics, order), unit)
         for kind in method.statistics():
             moment = stats.moment(kind, target.name)
             if methods.shortage(moment):

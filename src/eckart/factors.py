@@ -175,6 +175,52 @@ class PivotedLinear(nn.Module):
         return f"{self.in_features} -> {self.rank} + {self.out_features - self.rank}"
 
 
+class NarrowLinear(nn.Linear):
+    """An nn.Linear without some of the rows or columns that it had: a hidden dimension made narrower.
+
+    Args:
+        in_features, out_features: what is left.
+        bias: as in nn.Linear.
+        whole: (m, n) before.
+        copies: how many times the units of the dimension stand one after another in the rows.
+    """
+
+    kind: Literal["narrow"] = "narrow"
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, *, whole: tuple[int, int], copies: int = 1
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.whole, self.copies = whole, copies
+
+    @classmethod
+    def slice(
+        cls, linear: nn.Linear, rows: Tensor | None, columns: Tensor | None, copies: int = 1
+    ) -> "NarrowLinear":
+        """Return `linear` with the given rows and columns alone (None: all of them)."""
+        weight = linear.weight if rows is None else linear.weight[rows]
+        weight = weight if columns is None else weight[:, columns]
+        bias = linear.bias if rows is None or linear.bias is None else linear.bias[rows]
+        whole = (linear.out_features, linear.in_features)
+        with torch.device("meta"):
+            made = cls(weight.shape[1], weight.shape[0], bias is not None, whole=whole, copies=copies)
+        made.weight = nn.Parameter(weight.detach().clone())
+        made.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return made
+
+    def padded(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of the size before, with zeros for what is missing: the same function."""
+        outputs, inputs = self.whole
+        weight = self.weight.detach().view(self.copies, -1, self.in_features)
+        wide = weight.new_zeros(self.copies, outputs // self.copies, inputs)
+        wide[:, : weight.shape[1], : self.in_features] = weight
+        bias = None
+        if self.bias is not None:
+            bias = wide.new_zeros(self.copies, outputs // self.copies)
+            bias[:, : weight.shape[1]] = self.bias.detach().view(self.copies, -1)
+        return wide.flatten(0, 1), None if bias is None else bias.flatten()
+
+
 LowRankLinear = FactoredLinear | PivotedLinear
 MODULES: dict[Form, type[FactoredLinear] | type[PivotedLinear]] = {
     "factored": FactoredLinear,

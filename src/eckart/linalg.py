@@ -170,6 +170,12 @@ class Metric:
         moment = (moment + moment.T) / 2
         return moment + damp * moment.diagonal().mean() * torch.eye(self.size).to(moment)
 
+    def dense(self) -> Tensor:
+        """Return the whole metric (size, size), float64."""
+        if self.moment is None:
+            return torch.eye(self.size, dtype=torch.float64)
+        return torch.diag(self.moment) if self.moment.ndim == 1 else self.moment
+
     def times(self, matrix: Tensor) -> Tensor:
         """Return `M @ matrix` for `matrix` (size, k)."""
         return _apply(self.moment, matrix)

@@ -6,17 +6,19 @@ from typing import Literal
 import torch
 
 from .errors import ConfigError
-from .factors import Form
+from .factors import FORMS, Form
 from .linalg import Metric
 from .stats import Moment, Statistic, Stats
 
 InputMetric = Literal["identity", "fisher", "absolute", "gram"]
 OutputMetric = Literal["identity", "gradient"]
 Allocation = Literal["uniform", "curvature"]
+Shape = Literal["factored", "pivoted", "width", "mixed"]
 
 INPUT_METRICS: tuple[InputMetric, ...] = ("identity", "fisher", "absolute", "gram")
 OUTPUT_METRICS: tuple[OutputMetric, ...] = ("identity", "gradient")
 ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "curvature")
+SHAPES: tuple[Shape, ...] = (*FORMS, "width", "mixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,19 +31,33 @@ class Method:
     outputs: metric C on the output side: `identity` or `gradient`, E[g g^T].
     allocation: `uniform` keeps the same share of every matrix; `curvature` spends one budget where
         the estimated loss falls most, and needs outputs = gradient to have one unit.
-    form: how the map is stored and run.
+    form: how the map is stored and run. `factored` and `pivoted`: each matrix at a rank of its own;
+        `width`: hidden dimensions made narrower, other matrices as they are; `mixed`: each module
+        by width or pivoted, whichever the allocation takes, and the other matrices pivoted.
     """
 
     inputs: InputMetric
     outputs: OutputMetric
     allocation: Allocation
-    form: Form
+    form: Shape
     source: str
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics that the two metrics are made of."""
         inputs: tuple[Statistic, ...] = () if self.inputs == "identity" else (self.inputs,)
         return inputs if self.outputs == "identity" else (*inputs, "gradient")
+
+    @property
+    def low_rank(self) -> Form | None:
+        """Return the form of matrices that get a rank, None where none does."""
+        if self.form == "width":
+            return None
+        return "pivoted" if self.form == "mixed" else self.form
+
+    @property
+    def narrows(self) -> bool:
+        """Tell whether hidden dimensions may be made narrower."""
+        return self.form in ("width", "mixed")
 
     @property
     def needs_text(self) -> bool:
@@ -56,7 +72,7 @@ METHODS: dict[str, Method] = {
     "svd-llm": Method("gram", "identity", "uniform", "factored", "Wang et al. 2024, arXiv:2403.07378"),
     "io-svd": Method("gram", "gradient", "uniform", "factored", "IO-SVD 2026, arXiv:2605.15626"),
     "pifa": Method("gram", "identity", "uniform", "pivoted", "Zhao et al. 2025, arXiv:2501.19090"),
-    "eckart": Method("gram", "gradient", "curvature", "pivoted", "this package, docs in README"),
+    "eckart": Method("gram", "gradient", "curvature", "mixed", "this package, docs in README"),
 }
 DEFAULT = "eckart"
 

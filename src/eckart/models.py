@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from .embeddings import FactoredEmbedding, FactoredHead, share
 from .errors import ModelError
-from .factors import Form, LowRankLinear
+from .factors import Form, LowRankLinear, NarrowLinear
 
-LowRankModule = LowRankLinear | FactoredEmbedding | FactoredHead
+LowRankModule = LowRankLinear | NarrowLinear | FactoredEmbedding | FactoredHead
 
 # Module kinds whose matrices are not projections: normalisation, position tables, short convolutions.
 _NOT_PROJECTIONS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d)
@@ -46,9 +46,9 @@ class Target:
         """The modules that hold it."""
         return (self.name,) if self.head is None else (self.name, self.head)
 
-    def form(self, wanted: Form) -> Form:
+    def form(self, wanted: Form | None) -> Form | None:
         """Return the form that it can have: a table is factored, whatever the others are."""
-        return "factored" if self.embedding else wanted
+        return "factored" if self.embedding and wanted else wanted
 
 
 def table_name(model: nn.Module) -> str | None:
@@ -218,13 +218,19 @@ def low_rank_modules(model: nn.Module) -> dict[str, LowRankModule]:
 
 
 @torch.no_grad()
-def dense_linear(module: LowRankLinear) -> nn.Linear:
-    """Return the nn.Linear (m, n) that computes what `module` does; the product is formed in float64."""
-    weight = next(module.parameters())
-    wide = copy.deepcopy(module).to(device="cpu").to(torch.float64)
-    bias = wide.dense_bias()
-    linear = nn.Linear(module.in_features, module.out_features, bias is not None, weight.device, weight.dtype)
-    linear.weight.copy_(wide.map().dense())
+def dense_linear(module: LowRankLinear | NarrowLinear) -> nn.Linear:
+    """Return the nn.Linear (m, n) that computes what `module` does; the product is formed in float64.
+
+    A narrow linear gets back the rows and columns that it had, as zeros.
+    """
+    own = next(module.parameters())
+    if isinstance(module, NarrowLinear):
+        weight, bias = module.padded()
+    else:
+        wide = copy.deepcopy(module).to(device="cpu").to(torch.float64)
+        weight, bias = wide.map().dense(), wide.dense_bias()
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, own.device, own.dtype)
+    linear.weight.copy_(weight)
     if bias is not None:
         linear.bias.copy_(bias)
     return linear

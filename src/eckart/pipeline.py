@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import budget, hub, measure, memory, models, plugin, text
+from . import assemble, budget, dimensions, hub, measure, memory, models, plugin, windows
 from .budget import Choice
 from .calibrate import Calibrated, calibrate
-from .embeddings import FactoredEmbedding, build_embedding, tied_head
+from .dimensions import Dimension
 from .errors import ModelError, NotFinite
 from .factorize import Part, factor
-from .factors import LowRank, build
-from .linalg import WeightedSVD, check_matrix
+from .linalg import check_matrix
 from .models import Target
 from .recipe import Recipe
-from .result import Module, Result, Sizes
+from .result import Result, Sizes
+from .windows import Windows
+
+EXCHANGE_RATES = (0.5, 1.0, 1.5, 2.25, 1e3)
+"""What estimates of low-rank MLP matrices are multiplied by, to be compared with those of widths."""
 
 Watch = Callable[[str, int, int], None]
 """Called with the name of the stage, what is done and what there is to do."""
@@ -56,7 +59,7 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
     found = _targets(recipe, model)
     limit = _limit(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
-    choices = budget.choose(recipe, limit, found)
+    choices = budget.choose(recipe, limit, found, dimensions.find(model, found))
     return Plan(recipe, choices, models.parameter_count(model), not decided_by_spectra)
 
 
@@ -68,7 +71,7 @@ def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
 
 def _limit(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> budget.Budget:
     itemsize = output_dtype(recipe, stored).itemsize
-    fixed = budget.fixed_bytes(model, found, recipe.resolved_method().form, itemsize)
+    fixed = budget.fixed_bytes(model, found, recipe.resolved_method().low_rank, itemsize)
     return budget.settle(recipe, found, models.parameter_count(model), fixed, itemsize)
 
 
@@ -100,10 +103,10 @@ class Prepared:
 
     loaded: hub.Loaded
     found: list[Target]
+    dimensions: list[Dimension]
     parts: dict[str, Part]
     before: Sizes
-    held_out: Tensor | None
-    own_text: bool
+    texts: Windows
     dense: measure.Perplexity | None
     calibrated: Calibrated
     run: _Run
@@ -121,30 +124,45 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
         raise ModelError("the model is already low-rank: eckart.densify it first")
     found = _targets(recipe, model)
     # An unreachable budget is refused now, not after the calibration.
-    budget.choose(recipe, _limit(recipe, model, found, loaded.stored), found)
+    budget.choose(recipe, _limit(recipe, model, found, loaded.stored), found, dimensions.find(model, found))
     recipe.check_text()
     for target in found:
         check_matrix(models.weight(model, target), target.name)
+    narrowable = _dimensions(recipe, model, found)
     with run.stage("read text"):
-        calibration, held_out, own_text = _windows(recipe, loaded.tokenizer, run)
-        if held_out is not None:
+        texts = windows.read(recipe, loaded.tokenizer, run.warnings)
+        if texts.held_out is not None:
             measure.check_length(model, recipe.seq_len)
             measure.check_causal(model)
-    dense = _measure(run, "measure dense", model, held_out)
+    dense = _measure(run, "measure dense", model, texts.held_out)
     with run.stage("calibrate") as progress:
-        calibrated = _calibrated(recipe, model, found, calibration, progress)
+        calibrated = _calibrated(recipe, model, found, texts.calibration, progress)
     with run.stage("factor") as progress:
-        parts, lacking = factor(recipe, model, found, calibrated, progress)
+        parts, lacking = factor(recipe, model, found, narrowable, calibrated, progress)
         run.warnings.extend(lacking)
     before = _sizes(model, found, output_dtype(recipe, loaded.stored))
-    return Prepared(loaded, found, parts, before, held_out, own_text, dense, calibrated, run)
+    return Prepared(loaded, found, narrowable, parts, before, texts, dense, calibrated, run)
+
+
+def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Dimension]:
+    """Return the hidden dimensions that may be made narrower, each verified."""
+    if not recipe.resolved_method().narrows:
+        return []
+    suspected = dimensions.find(model, found)
+    verified = dimensions.verified(model, suspected)
+    if recipe.resolved_method().form == "width" and not any(found.kind == "mlp" for found in verified):
+        raise ModelError(
+            f"{type(model).__name__} has no MLP that can be made narrower among the treated matrices: its "
+            "matrices must be nn.Linear, with nothing between them that mixes channels; use form pivoted"
+        )
+    return verified
 
 
 def finish(recipe: Recipe, prepared: Prepared) -> Result:
-    """Choose ranks for the budget of `recipe`, put the low-rank modules into the model and measure it.
+    """Choose ranks and widths for the budget of `recipe`, put the modules into the model and measure it.
 
     The model ends in the output dtype. `recipe` may differ from the one that was prepared in its
-    budget, form, allocation, overrides and dtype.
+    budget, allocation, overrides and dtype, and in its form where that needs no other decompositions.
 
     Raises:
         RankError: the budget cannot be reached.
@@ -152,21 +170,19 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
     """
     loaded, run, found = prepared.loaded, prepared.run, prepared.found
     model, dtype = loaded.model, output_dtype(recipe, loaded.stored)
-    choices = budget.choose(
-        recipe,
-        _limit(recipe, model, found, loaded.stored),
-        found,
-        {name: part.svd.tail() for name, part in prepared.parts.items()},
-        {name: part.unit for name, part in prepared.parts.items()},
-    )
+    limit = _limit(recipe, model, found, loaded.stored)
+    with run.stage("choose") as progress:
+        choices = _choose(recipe, prepared, limit, progress)
     with run.stage("replace") as progress:
-        modules = _replace(model, choices, prepared.parts, dtype, progress)
+        made = assemble.build_modules(model, choices, prepared.dimensions, prepared.parts, dtype, progress)
+        assemble.put(model, made)
+        modules = assemble.rows(choices, prepared.dimensions, prepared.parts)
     plugin.mark(model)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     computed = model.dtype
     after = _sizes(models.cast(model, dtype), found, dtype)
     _check_fits(model, dtype)
-    compressed = _measure(run, "measure compressed", models.cast(model, computed), prepared.held_out)
+    compressed = _measure(run, "measure compressed", models.cast(model, computed), prepared.texts.held_out)
     models.cast(model, dtype)
     predicted = sum(module.loss for module in modules)
     return Result(
@@ -180,7 +196,7 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
         source_bytes=loaded.bytes,
         dense=prepared.dense,
         compressed=compressed,
-        held_out=prepared.own_text,
+        held_out=prepared.texts.own_text,
         predicted_increase=predicted if recipe.resolved_method().outputs == "gradient" else None,
         calibration_tokens=prepared.calibrated.tokens,
         gradient_tokens=prepared.calibrated.gradient_tokens,
@@ -190,107 +206,71 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
     )
 
 
+def _choose(
+    recipe: Recipe, prepared: Prepared, limit: budget.Budget, progress: measure.Progress
+) -> list[Choice]:
+    """Return the choices; between low rank and width, by what calibration text says of either.
+
+    Estimates are of second order and per matrix. At equal estimates, MLPs at low rank lose more than
+    narrow ones, by a factor that grows with the loss: several exchange rates are tried on windows of
+    text, and the one with the least loss is taken.
+    """
+    losses = {name: part.losses() for name, part in prepared.parts.items()}
+
+    def at(rate: float) -> list[Choice]:
+        return budget.choose(recipe, limit, prepared.found, prepared.dimensions, losses, exchange=rate)
+
+    method, trial = recipe.resolved_method(), prepared.texts.trial
+    alternatives = method.form == "mixed" and any(found.kind == "mlp" for found in prepared.dimensions)
+    if not alternatives or method.allocation != "curvature" or trial is None:
+        return at(1.0)
+    tried: dict[float, tuple[float, list[Choice]]] = {}
+    for done, rate in enumerate(EXCHANGE_RATES):
+        choices = at(rate)
+        known = next((loss for loss, other in tried.values() if other == choices), None)
+        tried[rate] = (_trial_loss(prepared, choices, trial) if known is None else known, choices)
+        progress(done + 1, len(EXCHANGE_RATES))
+    return min(tried.values(), key=lambda pair: pair[0])[1]
+
+
+def _trial_loss(prepared: Prepared, choices: Sequence[Choice], rows: Tensor) -> float:
+    model = prepared.loaded.model
+    made = assemble.build_modules(
+        model, choices, prepared.dimensions, prepared.parts, model.dtype, lambda done, total: None
+    )
+    with dimensions.swapped(model, made):
+        return measure.perplexity(model, rows).loss
+
+
 def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in models.state_tensors(model).items():
         if not bool(torch.isfinite(tensor).all()):
             raise NotFinite(f"{name} does not fit {dtype}: choose dtype bfloat16 or float32")
 
 
-def _windows(recipe: Recipe, tokenizer: Any, run: _Run) -> tuple[Tensor | None, Tensor | None, bool]:
-    """Return the windows to calibrate on, those to measure on, and whether both are of one text."""
-    if not recipe.text and not recipe.eval_text:
-        return None, None, False
-    if tokenizer is None:
-        raise ModelError("text needs a tokenizer: pass tokenizer=")
-    bos = text.begin_token(tokenizer, recipe.bos)
-    texts = text.load(recipe.text or recipe.eval_text, recipe.eval_text, tokenizer)
-    held_out = text.windows(
-        texts.evaluation[: recipe.eval_tokens], recipe.seq_len, bos, "the text to measure on"
-    )
-    if not recipe.text:
-        return None, held_out, False
-    rows = text.windows(texts.calibration, recipe.seq_len, bos, "the text to calibrate on")
-    wanted = max(1, recipe.tokens // rows.shape[1])
-    if len(rows) < wanted:
-        run.warnings.append(
-            f"the text has {rows.numel():,} tokens to calibrate on, fewer than tokens = {recipe.tokens:,}"
-        )
-    return text.pick(rows, wanted, torch.Generator().manual_seed(recipe.seed)), held_out, texts.held_out
-
-
-def _measure(run: _Run, name: str, model: Any, windows: Tensor | None) -> measure.Perplexity | None:
-    if windows is None:
+def _measure(run: _Run, name: str, model: Any, rows: Tensor | None) -> measure.Perplexity | None:
+    if rows is None:
         return None
     with run.stage(name) as progress:
-        return measure.perplexity(model, windows, progress)
+        return measure.perplexity(model, rows, progress)
 
 
 def _calibrated(
-    recipe: Recipe, model: Any, found: Sequence[Target], windows: Tensor | None, progress: measure.Progress
+    recipe: Recipe, model: Any, found: Sequence[Target], rows: Tensor | None, progress: measure.Progress
 ) -> Calibrated:
     statistics = recipe.resolved_method().statistics()
-    if windows is None or not statistics:
-        windows = torch.zeros(0, 2, dtype=torch.int64)
+    if rows is None or not statistics:
+        rows = torch.zeros(0, 2, dtype=torch.int64)
     return calibrate(
         model,
-        windows,
+        rows,
         [name for target in found for name in target.modules],
         statistics,
-        gradient_windows=max(1, recipe.gradient_tokens // windows.shape[1]),
+        gradient_windows=max(1, recipe.gradient_tokens // rows.shape[1]),
         labels=recipe.labels,
         generator=torch.Generator().manual_seed(recipe.seed),
         watch=progress,
     )
-
-
-def _replace(
-    model: nn.Module,
-    choices: Sequence[Choice],
-    parts: dict[str, Part],
-    dtype: torch.dtype,
-    progress: measure.Progress,
-) -> list[Module]:
-    rows = []
-    for done, choice in enumerate(choices, 1):
-        name, part = choice.target.name, parts[choice.target.name]
-        tail = part.svd.tail()
-        kept = min(choice.target.shape) if choice.rank is None else choice.rank
-        rows.append(
-            Module(
-                name=name,
-                shape=choice.target.shape,
-                form="dense" if choice.rank is None else choice.form,
-                rank=kept,
-                before=choice.target.size,
-                after=choice.parameters,
-                energy=1 - float(tail[kept] / tail[0]) if float(tail[0]) else 1.0,
-                loss=part.unit * float(tail[kept]),
-            )
-        )
-        if choice.rank is not None:
-            _put(model, part.svd, choice, dtype)
-        progress(done, len(choices))
-    return rows
-
-
-def _put(model: nn.Module, svd: WeightedSVD, choice: Choice, dtype: torch.dtype) -> None:
-    """Replace the dense module of `choice` (and the head that is tied to it) by a low-rank one."""
-    name, dense = choice.target.name, model.get_submodule(choice.target.name)
-    low_rank = LowRank(svd.left[:, : choice.rank], svd.right[: choice.rank])
-    module: nn.Module
-    if isinstance(dense, nn.Embedding):
-        module = build_embedding(low_rank, dense.padding_idx)
-    else:
-        bias = models.find(model, name).bias
-        module = build(low_rank, choice.form, None if bias is None else bias.detach().to(svd.left))
-    # float64 to the output dtype at once: by way of the dtype computed in, it would be rounded twice.
-    own = next(dense.parameters())
-    module = module.to(dtype).to(own.dtype).to(own.device)
-    models.replace(model, name, module)
-    if choice.target.head is not None and isinstance(module, FactoredEmbedding):
-        head = models.find(model, choice.target.head)
-        models.replace(model, choice.target.head, tied_head(module, head.bias))
-        models.tie(model)
 
 
 def _sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:

@@ -31,10 +31,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import models
 from .embeddings import FactoredEmbedding, FactoredHead, dense_embedding
 from .errors import StoreError
-from .factors import FORMS, MODULES
+from .factors import FORMS, MODULES, NarrowLinear
 
 NAME = "eckart"
-FORMAT = 1
+FORMAT = 2
+READS = (1, 2)
 KINDS = (*FORMS, FactoredEmbedding.kind, FactoredHead.kind)
 GUARD = "eckart: this model needs the eckart package; pip install eckart, and import eckart first"
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -46,7 +47,9 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         modules: dotted name -> {"kind": k, "rank": r}, where k is factored or pivoted for an
-            nn.Linear, embedding for an nn.Embedding, head for an nn.Linear that is tied to it.
+            nn.Linear, embedding for an nn.Embedding, head for an nn.Linear that is tied to it; or
+            {"kind": "narrow", "shape": [m, n], "copies": c} for an nn.Linear that lost rows or
+            columns (eckart.factors.NarrowLinear).
         format: version of this declaration and of the tensors' names.
 
     Raises:
@@ -59,9 +62,10 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format: int = FORMAT,
         quant_method: str = NAME,
     ) -> None:
-        if format != FORMAT:
+        if format not in READS:
             raise StoreError(
-                f"the folder has format {format}, this eckart reads format {FORMAT}: install a newer eckart"
+                f"the folder has format {format}, this eckart reads formats {READS[0]} to {FORMAT}: "
+                "install a newer eckart"
             )
         self.quant_method = quant_method
         self.format = format
@@ -84,11 +88,15 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
 def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
     if not _LEGAL_NAME.fullmatch(name):
         raise StoreError(f"config.json declares a module {name!r}: not a dotted module name")
-    rank = spec.get("rank")
-    if spec.get("kind") not in KINDS or not isinstance(rank, int) or rank < 1 or len(spec) != 2:
+    if spec.get("kind") == NarrowLinear.kind:
+        numbers, wanted = [*spec.get("shape", ()), spec.get("copies")], {"kind", "shape", "copies"}
+    else:
+        numbers, wanted = [spec.get("rank")], {"kind", "rank"}
+    legal = spec.get("kind") in (*KINDS, NarrowLinear.kind) and set(spec) == wanted
+    if not legal or not all(isinstance(number, int) and number >= 1 for number in numbers):
         raise StoreError(
-            f"config.json declares {name} as {dict(spec)}: legal is a kind of "
-            f"{', '.join(KINDS)} and a rank of at least 1"
+            f"config.json declares {name} as {dict(spec)}: legal is a kind of {', '.join(KINDS)} and a rank "
+            "of at least 1, or the kind narrow, a shape [m, n] and copies"
         )
 
 
@@ -166,8 +174,12 @@ def guard_file(config: Path) -> None:
 
 
 def guard_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the empty tensor under the name of the dense weight of the first low-rank module, if any."""
-    found = list(models.low_rank_modules(model).items())[:1]
+    """Return the empty tensor under the name of the dense weight of the first low-rank module, if any.
+
+    Narrow linears need none: their own weights do not fit the model that config.json describes.
+    """
+    modules = models.low_rank_modules(model).items()
+    found = [(name, module) for name, module in modules if not isinstance(module, NarrowLinear)][:1]
     return {f"{name}.weight": next(module.parameters()).new_empty(0) for name, module in found}
 
 
@@ -179,29 +191,42 @@ def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
     """
     modules: dict[str, Any] = dict(model.named_modules())
     for name, spec in config.modules.items():
-        rank: int = spec["rank"]
         kind: type[nn.Module] = nn.Embedding if spec["kind"] == FactoredEmbedding.kind else nn.Linear
         if type(modules.get(name)) is not kind:
             raise StoreError(
                 f"config.json declares {name}, which is no nn.{kind.__name__} of {type(model).__name__}"
             )
         dense = modules[name]
-        shape = tuple(dense.weight.shape)
-        if rank > min(shape):
-            raise StoreError(f"config.json declares rank {rank} for {name}, which is {shape[0]} x {shape[1]}")
         with torch.device("meta"):
-            module = _empty(spec["kind"], dense, rank)
+            module = _narrow(name, dense, spec) if spec["kind"] == "narrow" else _low_rank(name, dense, spec)
         models.replace(model, name, module.to(dense.weight.dtype))
     models.tie(model)
 
 
-def _empty(kind: str, dense: Any, rank: int) -> nn.Module:
-    """Return the low-rank module of `kind` that stands for `dense`, uninitialised."""
+def _low_rank(name: str, dense: Any, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the low-rank module that `spec` declares for `dense`, uninitialised."""
+    rank: int = spec["rank"]
+    if rank > min(dense.weight.shape):
+        shape = " x ".join(map(str, dense.weight.shape))
+        raise StoreError(f"config.json declares rank {rank} for {name}, which is {shape}")
     if isinstance(dense, nn.Embedding):
         return FactoredEmbedding(dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
     makers: dict[str, type[Any]] = {"head": FactoredHead, **{form: MODULES[form] for form in FORMS}}
-    module: nn.Module = makers[kind](dense.in_features, dense.out_features, rank, dense.bias is not None)
+    module: nn.Module = makers[spec["kind"]](
+        dense.in_features, dense.out_features, rank, dense.bias is not None
+    )
     return module
+
+
+def _narrow(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the narrow linear that `spec` declares for `dense`, uninitialised."""
+    (outputs, inputs), whole = spec["shape"], (dense.out_features, dense.in_features)
+    if outputs > whole[0] or inputs > whole[1] or any(size % spec["copies"] for size in (outputs, whole[0])):
+        raise StoreError(
+            f"config.json declares {name} as {outputs} x {inputs} in {spec['copies']} copies, and it is "
+            f"{whole[0]} x {whole[1]}: the folder is damaged or mixed"
+        )
+    return NarrowLinear(inputs, outputs, dense.bias is not None, whole=whole, copies=spec["copies"])
 
 
 def check_files(model: nn.Module, files: list[Path]) -> None:
@@ -238,11 +263,13 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
 
 def declare(model: nn.Module) -> EckartConfig:
     """Return the declaration of the low-rank modules that `model` has."""
-    modules = {
-        name: {"kind": module.kind, "rank": module.rank}
-        for name, module in models.low_rank_modules(model).items()
-    }
-    return EckartConfig(modules)
+    return EckartConfig({name: _spec(module) for name, module in models.low_rank_modules(model).items()})
+
+
+def _spec(module: models.LowRankModule) -> dict[str, Any]:
+    if isinstance(module, NarrowLinear):
+        return {"kind": module.kind, "shape": list(module.weight.shape), "copies": module.copies}
+    return {"kind": module.kind, "rank": module.rank}
 
 
 def mark(model: Any) -> None:

@@ -1,12 +1,14 @@
 """How many terms each matrix keeps: pure functions of spectra, costs and a budget.
 
-A `Curve` is everything that a matrix may become: one cost and one loss per option. What an
-option is (a rank, later a width) is the caller's business.
+A `Curve` is everything that a part of the model may become: one cost and one loss per option. What
+an option is (a rank, a width, what becomes of several matrices) is the caller's business.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, merge
 from itertools import pairwise
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -48,14 +50,17 @@ class Keep:
             raise ConfigError(f"keep {self.fraction}: must lie in (0, 1]")
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """The options of one matrix by increasing cost: `ranks`, `costs` and `losses` of equal length.
+Option = TypeVar("Option")
 
-    The last option is the dense matrix, of loss 0.
+
+@dataclass(frozen=True, slots=True)
+class Curve(Generic[Option]):
+    """What one part of the model may become, by increasing cost: three tuples of equal length.
+
+    The last option is the dense part, of loss 0.
     """
 
-    ranks: tuple[int, ...]
+    options: tuple[Option, ...]
     costs: tuple[int, ...]
     losses: tuple[float, ...]
 
@@ -69,8 +74,10 @@ def legal_ranks(form: Form, shape: tuple[int, int], multiple: int = 1) -> list[i
     return [rank for rank in ranks if parameters(form, shape, rank) < dense]
 
 
-def curve(form: Form, shape: tuple[int, int], tail: Tensor, *, multiple: int = 1, unit: float = 1.0) -> Curve:
-    """Return the options of a matrix of `shape` in parameters, given `tail` (k + 1,) of losses per rank.
+def curve(
+    form: Form, shape: tuple[int, int], tail: Tensor, *, multiple: int = 1, unit: float = 1.0
+) -> Curve[int]:
+    """Return the ranks of a matrix of `shape`, in parameters, given `tail` (k + 1,) of losses per rank.
 
     Losses are `unit * tail`. The dense matrix is the last option (rank min(m, n)).
     """
@@ -78,6 +85,60 @@ def curve(form: Form, shape: tuple[int, int], tail: Tensor, *, multiple: int = 1
     losses = [unit * float(loss) for loss in tail[torch.tensor(ranks, dtype=torch.int64)]]
     costs = [parameters(form, shape, rank) for rank in ranks]
     return Curve((*ranks, min(shape)), (*costs, shape[0] * shape[1]), (*losses, 0.0))
+
+
+def legal_widths(units: int, multiple: int = 1) -> list[int]:
+    """Return the widths below `units` that may be kept: multiples of `multiple`, ascending."""
+    if multiple < 1:
+        raise ConfigError(f"multiple {multiple}: must be at least 1")
+    return list(range(multiple, units, multiple))
+
+
+def width_curve(size: int, tail: Tensor, *, multiple: int = 1, unit: float = 1.0) -> Curve[int]:
+    """Return the widths of a hidden dimension whose matrices have `size` parameters, `tail` (units + 1,).
+
+    Losses are `unit * tail`. Full width is the last option.
+    """
+    units = len(tail) - 1
+    widths = legal_widths(units, multiple)
+    losses = [unit * float(tail[width]) for width in widths]
+    return Curve((*widths, units), (*(size // units * width for width in widths), size), (*losses, 0.0))
+
+
+def together(curves: Sequence[Curve[tuple[Any, ...]]]) -> Curve[tuple[Any, ...]]:
+    """Return the best joint options of several parts: an option is what becomes of each, in order.
+
+    The sum of the lower convex hulls: every option on it is optimal at its cost.
+    """
+    chains = [hull(curve.costs, curve.losses) for curve in curves]
+    chosen = [chain[0] for chain in chains]
+    rows = [_joined(curves, chosen)]
+    for _, place, end, _ in merge(*map(_steps, range(len(curves)), curves, chains), key=lambda step: step[0]):
+        chosen[place] = end
+        rows.append(_joined(curves, chosen))
+    options, costs, losses = zip(*rows, strict=True)
+    return Curve(options, costs, losses)
+
+
+def _joined(curves: Sequence[Curve[tuple[Any, ...]]], chosen: Sequence[int]) -> tuple[Any, int, float]:
+    pairs = list(zip(curves, chosen, strict=True))
+    option = tuple(pick for curve, place in pairs for pick in curve.options[place])
+    return option, sum(curve.costs[i] for curve, i in pairs), sum(curve.losses[i] for curve, i in pairs)
+
+
+def either(curves: Sequence[Curve[Option]]) -> Curve[Option]:
+    """Return the options of all `curves`, alternatives for one part, without those that another beats."""
+    rows = sorted(
+        (cost, loss, place, index)
+        for place, curve in enumerate(curves)
+        for index, (cost, loss) in enumerate(zip(curve.costs, curve.losses, strict=True))
+    )
+    kept = rows[:1]
+    for row in rows[1:]:
+        if row[1] < kept[-1][1]:
+            kept.append(row)
+    options = tuple(curves[place].options[index] for _, _, place, index in kept)
+    return Curve(options, tuple(row[0] for row in kept), tuple(row[1] for row in kept))
 
 
 def uniform(rule: Fixed | Keep, form: Form, shape: tuple[int, int], multiple: int = 1) -> int | None:
@@ -125,11 +186,11 @@ def _above(costs: tuple[int, ...], losses: tuple[float, ...], first: int, middle
     return left > (losses[last] - losses[first]) * (costs[middle] - costs[first])
 
 
-def allocate(curves: dict[str, Curve], budget: int) -> dict[str, int]:
-    """Choose one option per matrix: least summed loss with summed cost at most `budget`.
+def allocate(curves: Mapping[str, Curve[Any]], budget: int) -> dict[str, int]:
+    """Choose one option per part: least summed loss with summed cost at most `budget`.
 
     Losses must be in one unit. Follows the convex hulls by falling gain per cost (one Lagrange
-    multiplier for all matrices), then fills what is left with the best options that still fit.
+    multiplier for all parts), then fills what is left with the best options that still fit.
     Never above budget; optimal where the budget is a breakpoint of the joint hull, and otherwise
     at most one hull step from the optimum.
 
@@ -149,17 +210,26 @@ def allocate(curves: dict[str, Curve], budget: int) -> dict[str, int]:
     return chosen
 
 
-def _follow_hulls(curves: dict[str, Curve], chosen: dict[str, int], left: int) -> int:
-    """Take hull steps by falling gain per cost; a matrix whose next step does not fit is done."""
-    steps = {name: pairwise(hull(curve.costs, curve.losses)) for name, curve in curves.items()}
-    queue: list[tuple[float, str, int, int]] = []
+Step = tuple[float, Any, int, int]
+"""Slope, whose it is, the option that it leads to, what it costs."""
+
+
+def _steps(whose: Any, curve: Curve[Any], chain: Sequence[int]) -> Iterator[Step]:
+    for start, end in pairwise(chain):
+        cost = curve.costs[end] - curve.costs[start]
+        yield (curve.losses[end] - curve.losses[start]) / cost, whose, end, cost
+
+
+def _follow_hulls(curves: Mapping[str, Curve[Any]], chosen: dict[str, int], left: int) -> int:
+    """Take hull steps by falling gain per cost; a part whose next step does not fit is done."""
+    chains = {name: hull(curve.costs, curve.losses) for name, curve in curves.items()}
+    steps = {name: _steps(name, curve, chains[name]) for name, curve in curves.items()}
+    queue: list[Step] = []
 
     def push_next(name: str) -> None:
-        # One step of a matrix at a time: slopes that are equal but for rounding must not swap.
-        for start, end in steps[name]:
-            curve = curves[name]
-            cost = curve.costs[end] - curve.costs[start]
-            heappush(queue, ((curve.losses[end] - curve.losses[start]) / cost, name, end, cost))
+        # One step of a part at a time: slopes that are equal but for rounding must not swap.
+        for step in steps[name]:
+            heappush(queue, step)
             return
 
     for name in curves:
@@ -172,7 +242,7 @@ def _follow_hulls(curves: dict[str, Curve], chosen: dict[str, int], left: int) -
     return left
 
 
-def _fill(curves: dict[str, Curve], chosen: dict[str, int], left: int) -> None:
+def _fill(curves: Mapping[str, Curve[Any]], chosen: dict[str, int], left: int) -> None:
     """Spend `left` greedily: always the fitting option with the largest gain per cost."""
     queue = [(_best_step(curve, chosen[name], left), name) for name, curve in curves.items()]
     heapify(queue)
@@ -186,7 +256,7 @@ def _fill(curves: dict[str, Curve], chosen: dict[str, int], left: int) -> None:
         heappush(queue, (_best_step(curves[name], chosen[name], left), name))
 
 
-def _best_step(curve: Curve, start: int, left: int) -> tuple[float, int]:
+def _best_step(curve: Curve[Any], start: int, left: int) -> tuple[float, int]:
     best = (0.0, start)
     for end in range(start + 1, len(curve.costs)):
         cost = curve.costs[end] - curve.costs[start]

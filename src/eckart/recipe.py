@@ -10,19 +10,21 @@ import yaml
 
 from . import methods
 from .errors import ConfigError
-from .factors import FORMS, Form
-from .methods import ALLOCATIONS, Allocation, Method
+from .methods import ALLOCATIONS, SHAPES, Allocation, Method, Shape
 from .ranks import Energy, Fixed, Keep
+from .width import LANDMARKS, Landmarks
 
 Of = Literal["model", "linears"]
 Labels = Literal["text", "sampled"]
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_STOCK_MULTIPLE = 32
 _BUDGETS = ("keep", "size", "rank", "energy")
 _LISTS = ("text", "eval_text", "include", "exclude", "overrides")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "of": ("model", "linears"),
     "labels": ("text", "sampled"),
-    "form": FORMS,
+    "form": SHAPES,
+    "landmarks": LANDMARKS,
     "allocation": ALLOCATIONS,
     "method": tuple(methods.METHODS),
     "dtype": ("float32", "bfloat16", "float16"),
@@ -83,12 +85,16 @@ class Recipe:
         method: a preset of eckart.methods.METHODS ...
         allocation: ... whose allocation ...
         form: ... and form may be changed.
+        stock: by width alone and the same in every layer, so that the result is an ordinary model of the
+            same architecture, which needs no eckart.
+        depth: whole blocks may be left out.
+        landmarks: how the units to keep of a hidden dimension are chosen.
         text: sources to calibrate on (eckart.text.read).
         eval_text: sources to measure on; default: the last 5 % of each of `text`, left out above.
         include: globs on module names that replace the default choice of matrices.
         exclude: globs on module names to leave alone.
         overrides: rules for single modules; the last that matches wins.
-        multiple: ranks are rounded down to a multiple of this.
+        multiple: ranks and widths are multiples of this; default: 1, and 32 for a stock model.
         damp: added to the diagonal of every metric, in units of its mean.
         alpha: exponent of ASVD.
         tokens: for the second moments of inputs.
@@ -115,13 +121,16 @@ class Recipe:
     energy: float | None = None
     method: str = methods.DEFAULT
     allocation: Allocation | None = None
-    form: Form | None = None
+    form: Shape | None = None
+    stock: bool = False
+    depth: bool = False
+    landmarks: Landmarks = "curvature"
     text: tuple[str, ...] = ()
     eval_text: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
-    multiple: int = 1
+    multiple: int | None = None
     damp: float = 1e-4
     alpha: float = 0.5
     tokens: int = 32_768
@@ -164,6 +173,18 @@ class Recipe:
     def check_method(self) -> None:
         """Raise ConfigError if allocation and method do not fit."""
         method = self.resolved_method()
+        if self.stock and self.form not in (None, "width"):
+            raise ConfigError(f"stock is a matter of widths alone: form {self.form!r} needs eckart to load")
+        ranked = [name for name in ("rank", "energy") if getattr(self, name) is not None]
+        if ranked and (self.stock or self.depth or self.form in ("width", "mixed")):
+            raise ConfigError(
+                f"{ranked[0]} is a rule for ranks: give keep or size with stock, depth or widths"
+            )
+        if self.depth and method.allocation != "curvature":
+            raise ConfigError(
+                f"depth weighs blocks against ranks and widths by the loss of each: allocation "
+                f"{method.allocation!r} does not; use method eckart"
+            )
         if self.allocation == "curvature" and method.outputs != "gradient":
             raise ConfigError(
                 f"allocation 'curvature' needs gradients to have one unit, and method {self.method!r} "
@@ -191,8 +212,14 @@ class Recipe:
         allocation = self.allocation or preset.allocation
         if self.rank is not None or self.energy is not None:
             allocation = "uniform"
-        form = self.form or preset.form
+        form = self.form or ("width" if self.stock else preset.form)
+        if form == "mixed" and allocation == "uniform" and self.form is None:
+            form = "pivoted"
         return Method(preset.inputs, preset.outputs, allocation, form, preset.source)
+
+    def step(self) -> int:
+        """Return what ranks and widths are multiples of."""
+        return self.multiple or (_STOCK_MULTIPLE if self.stock else 1)
 
 
 def parse_size(size: int | str) -> int:

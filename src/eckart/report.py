@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import environment
+from .budget import Choice
 from .hub import MB
 from .measure import Comparison, Perplexity
 from .pipeline import Plan
@@ -189,14 +190,14 @@ def _budget(result: Result) -> str:
 def plan_table(plan: Plan) -> RenderableType:
     """Return the plan as a table: module, shape, rank, parameters before and after."""
     unknown = plan.recipe.energy is not None
-    title = "plan" if plan.exact else "plan (ranks of uniform allocation; spectra will redistribute them)"
+    title = "plan" if plan.exact else "plan (uniform allocation; what text shows will redistribute it)"
     if unknown:
         title = "plan (energy: the ranks follow from spectra, which a plan does not compute)"
     rows = [
         (
             choice.target.name,
             f"{choice.target.shape[0]} x {choice.target.shape[1]}",
-            "?" if unknown else "dense" if choice.rank is None else str(choice.rank),
+            "?" if unknown else _becomes(choice),
             f"{choice.target.size:,}",
             "?" if unknown else f"{choice.parameters:,}",
         )
@@ -208,7 +209,13 @@ def plan_table(plan: Plan) -> RenderableType:
     rest = whole - before
     rows.append((f"{len(plan.choices)} linears", "", "", f"{before:,}", "?" if unknown else f"{after:,}"))
     rows.append(("model", "", "", f"{whole:,}", "?" if unknown else f"{rest + after:,}"))
-    return _table(title, ("module", "shape", "rank", "before", "after"), rows)
+    return _table(title, ("module", "shape", "rank or width", "before", "after"), rows)
+
+
+def _becomes(choice: Choice) -> str:
+    if choice.form == "narrow":
+        return f"{choice.rank} of {choice.units} wide"
+    return choice.form if choice.form in ("dense", "dropped") else str(choice.rank)
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -220,7 +227,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
             {
                 "name": choice.target.name,
                 "shape": list(choice.target.shape),
-                "form": "dense" if choice.rank is None else choice.form,
+                "form": choice.form,
                 "rank": choice.rank,
                 "before": choice.target.size,
                 "after": choice.parameters,

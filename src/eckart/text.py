@@ -137,12 +137,6 @@ def begin_token(tokenizer: Any, wanted: bool) -> int | None:
     return found
 
 
-def pick(rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return `count` of the windows `rows` at random, in the order of the text; all if there are fewer."""
-    chosen = torch.randperm(len(rows), generator=generator)[:count]
-    return rows[chosen.sort().values]
-
-
 @dataclass(frozen=True, slots=True)
 class Texts:
     """Tokens to calibrate on and tokens to evaluate on, which never overlap when they share a source."""

@@ -1,0 +1,107 @@
+"""From choices to modules: build what was chosen out of the decompositions and put it into the model."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from . import dimensions, models
+from .budget import Choice
+from .dimensions import Dimension
+from .embeddings import FactoredEmbedding, build_embedding, tied_head
+from .factorize import Part
+from .factors import FORMS, LowRank, build
+from .linalg import WeightedSVD
+from .result import Module
+
+
+def build_modules(
+    model: nn.Module,
+    choices: Sequence[Choice],
+    found: Sequence[Dimension],
+    parts: Mapping[str, Part],
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+) -> dict[str, nn.Module]:
+    """Return what goes where of `choices`: one module per matrix that does not stay dense.
+
+    Weights are rounded to `dtype`, once, from float64, and come in the dtype of what they replace.
+    """
+    made: dict[str, nn.Module] = {}
+    by_reader = {dimension.reader: dimension for dimension in found}
+    for done, choice in enumerate(choices, 1):
+        name = choice.target.name
+        if choice.form in FORMS:
+            made |= _low_rank(model, parts[name].svd, choice, dtype)
+        elif choice.form == "narrow" and name in by_reader:
+            dimension = by_reader[name]
+            made |= _narrow(model, dimension, parts[dimension.name], choice.rank, dtype)
+        progress(done, len(choices))
+    return made
+
+
+def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put `modules` into `model`; a factored head shares the weights of the factored embeddings."""
+    for name, module in modules.items():
+        models.replace(model, name, module)
+    if any(isinstance(module, FactoredEmbedding) for module in modules.values()):
+        models.tie(model)
+
+
+def _rounded(module: nn.Module, own: Tensor, dtype: torch.dtype) -> nn.Module:
+    # float64 to the output dtype at once: by way of the dtype computed in, it would be rounded twice.
+    return module.to(dtype).to(own.dtype).to(own.device)
+
+
+def _low_rank(model: nn.Module, svd: WeightedSVD, choice: Choice, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Return the low-rank module of `choice`, and the head that is tied to it."""
+    name, dense = choice.target.name, model.get_submodule(choice.target.name)
+    low_rank = LowRank(svd.left[:, : choice.rank], svd.right[: choice.rank])
+    own = next(dense.parameters())
+    if isinstance(dense, nn.Embedding):
+        table = _rounded(build_embedding(low_rank, dense.padding_idx), own, dtype)
+        assert isinstance(table, FactoredEmbedding)
+        if choice.target.head is None:
+            return {name: table}
+        head = models.find(model, choice.target.head)
+        return {name: table, choice.target.head: tied_head(table, head.bias)}
+    assert choice.form == "factored" or choice.form == "pivoted"
+    bias = models.find(model, name).bias
+    module = build(low_rank, choice.form, None if bias is None else bias.detach().to(svd.left))
+    return {name: _rounded(module, own, dtype)}
+
+
+def _narrow(
+    model: nn.Module, dimension: Dimension, part: Part, width: int, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Return the linears of `dimension` at `width` units, the one that reads them re-fitted."""
+    made = dimensions.narrowed(model, dimension, part.narrowing.units(width))
+    reader = made[dimension.reader]
+    weight = part.narrowing.refit(width).to(dtype).to(reader.weight)
+    reader.weight = nn.Parameter(weight)
+    return {name: _rounded(module, module.weight, dtype) for name, module in made.items()}
+
+
+def rows(choices: Sequence[Choice], found: Sequence[Dimension], parts: Mapping[str, Part]) -> list[Module]:
+    """Return the rows of the result; the loss of a narrower dimension stands with its reader."""
+    by_member = {name: dimension for dimension in found for name in dimension.members}
+    made = []
+    for choice in choices:
+        name, target = choice.target.name, choice.target
+        key = by_member[name].name if choice.form == "narrow" else name
+        counted = choice.form != "narrow" or by_member[name].reader == name
+        losses = parts[key].losses() if key in parts else torch.zeros(choice.rank + 1)
+        lost, all_of_it = float(losses[choice.rank]), float(losses[0])
+        made.append(
+            Module(
+                name=name,
+                shape=target.shape,
+                form=choice.form,
+                rank=choice.rank,
+                before=target.size,
+                after=choice.parameters,
+                energy=1 - lost / all_of_it if all_of_it else 1.0,
+                loss=lost if counted else 0.0,
+            )
+        )
+    return made

@@ -1,0 +1,171 @@
+"""Hidden dimensions of a model that can be made narrower: found by structure, verified by behaviour.
+
+A dimension is written by some linears of a module and read by the last one: the channels of an MLP,
+the key-value groups of an attention. No name of a model or of a matrix is looked at.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import models
+from .factors import NarrowLinear
+from .models import Target
+
+Kind = Literal["mlp", "attention"]
+_PROBE_TOKENS = 16
+_SAME = 0.1
+_EFFECT = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """A hidden dimension of `units` equal parts, each of which can be left out.
+
+    writers: linears whose rows belong to the units, with how many times all units stand one after
+        another in those rows (a fused gate and up: 2).
+    reader: the linear whose columns belong to the units.
+    """
+
+    name: str
+    kind: Kind
+    writers: tuple[tuple[str, int], ...]
+    reader: str
+    units: int
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The names of all its linears."""
+        return (*(name for name, _ in self.writers), self.reader)
+
+
+def find(model: nn.Module, targets: Sequence[Target]) -> list[Dimension]:
+    """Return the dimensions of which every linear is among `targets`, by the shapes alone.
+
+    `holds` tells whether one of them is what its shapes suggest.
+    """
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        if not target.embedding:
+            groups.setdefault(target.name.rpartition(".")[0], []).append(target)
+    found = [_mlp(name, group) or _attention(model, name, group) for name, group in groups.items()]
+    return [dimension for dimension in found if dimension is not None]
+
+
+def _mlp(name: str, group: Sequence[Target]) -> Dimension | None:
+    """One linear reads what one or two others write, or one that is twice as tall."""
+    for reader in reversed(group):
+        outputs, inputs = reader.shape
+        others = [target for target in group if target is not reader]
+        copies = [target.shape[0] // inputs for target in others]
+        whole = all(target.shape == (count * inputs, outputs) for target, count in zip(others, copies))
+        if whole and copies in ([1], [2], [1, 1]) and inputs != outputs:
+            writers = tuple((target.name, count) for target, count in zip(others, copies, strict=True))
+            return Dimension(name, "mlp", writers, reader.name, inputs)
+    return None
+
+
+def _attention(model: Any, name: str, group: Sequence[Target]) -> Dimension | None:
+    """Queries, keys and values (or one matrix of all three) and the output that reads the heads."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None) or 1
+    units = getattr(config, "num_key_value_heads", None) or heads
+    reader, writers = group[-1], group[:-1]
+    sides = [reader.shape[1], *(target.shape[0] for target in writers)]
+    if units < 2 or len(writers) not in (1, 3) or any(side % units for side in sides):
+        return None
+    if any(target.shape[1] != reader.shape[0] for target in writers):
+        return None
+    return Dimension(name, "attention", tuple((target.name, 1) for target in writers), reader.name, units)
+
+
+def indices(size: int, units: int, copies: int, kept: Tensor) -> Tensor:
+    """Return which of `size` rows or columns belong to the units `kept`, ascending.
+
+    They stand as (copies, units, block).
+    """
+    places = torch.arange(size, device=kept.device).view(copies, units, -1)
+    return places[:, kept].flatten()
+
+
+@torch.no_grad()
+def narrowed(model: nn.Module, dimension: Dimension, kept: Tensor) -> dict[str, NarrowLinear]:
+    """Return the linears of `dimension` with the units `kept` alone (ascending), nothing re-fitted."""
+    made = {}
+    for name, copies in dimension.writers:
+        linear = models.find(model, name)
+        rows = indices(linear.out_features, dimension.units, copies, kept)
+        made[name] = NarrowLinear.slice(linear, rows, None, copies)
+    linear = models.find(model, dimension.reader)
+    columns = indices(linear.in_features, dimension.units, 1, kept)
+    made[dimension.reader] = NarrowLinear.slice(linear, None, columns)
+    return made
+
+
+def verified(model: Any, dimensions: Sequence[Dimension]) -> list[Dimension]:
+    """Return the `dimensions` that are what their shapes suggest; one of each build is tried.
+
+    Leaving units out must do exactly what zeroing the columns that read them does: then nothing in
+    between mixes the units (a norm would), and nothing else reads them.
+    """
+    known: dict[object, bool] = {}
+    kept = []
+    for dimension in dimensions:
+        build = _build(model, dimension)
+        if build not in known:
+            known[build] = holds(model, dimension)
+        if known[build]:
+            kept.append(dimension)
+    return kept
+
+
+def _build(model: nn.Module, dimension: Dimension) -> object:
+    inner = tuple((name.removeprefix(dimension.name), models.find(model, name).weight.shape)
+                  for name in dimension.members)  # fmt: skip
+    return type(model.get_submodule(dimension.name)), dimension.units, inner
+
+
+@torch.no_grad()
+def holds(model: Any, dimension: Dimension) -> bool:
+    """Tell whether leaving out every other unit equals zeroing the columns that read it."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(models.vocabulary(model), (1, _PROBE_TOKENS), generator=generator).to(model.device)
+    reader = models.find(model, dimension.reader)
+    kept = torch.arange(0, dimension.units, 2, device=reader.weight.device)
+    masked = nn.Linear(reader.in_features, reader.out_features, reader.bias is not None, "meta")
+    columns = indices(reader.in_features, dimension.units, 1, kept)
+    weight = torch.zeros_like(reader.weight)
+    weight[:, columns] = reader.weight[:, columns]
+    masked.weight, masked.bias = nn.Parameter(weight), reader.bias
+    whole = _logits(model, ids)
+    with swapped(model, {dimension.reader: masked}):
+        expected = _logits(model, ids)
+    try:
+        with swapped(model, narrowed(model, dimension, kept)):
+            found = _logits(model, ids)
+    except (RuntimeError, ValueError):  # a shape that is written down somewhere
+        return False
+    effect = float((expected - whole).norm())
+    return effect > _EFFECT * float(whole.norm()) and float((found - expected).norm()) < _SAME * effect
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put `modules` into `model` while the context is open."""
+    before = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            models.replace(model, name, module)
+        yield
+    finally:
+        for name, module in before.items():
+            models.replace(model, name, module)

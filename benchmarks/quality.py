@@ -69,7 +69,7 @@ def measure(
     once = sum(prepared.run.seconds.values()) - prepared.run.seconds["measure dense"]
     for value, own in zip(values, recipes, strict=True):
         prepared.run.seconds["replace"] = 0.0
-        result = pipeline.finish(own, prepared)
+        _, result = pipeline.finish(own, prepared)
         assert result.dense is not None
         assert result.compressed is not None
         yield {

@@ -29,6 +29,8 @@ LAYERS = {
     "result": 6,
     "windows": 6,
     "factorize": 7,
+    "rebuild": 7,
+    "stock": 8,
     "assemble": 8,
     "pipeline": 9,
     "report": 10,

@@ -53,7 +53,8 @@ def compress(
     """Compress a causal language model to a budget: one of keep, size, rank, energy.
 
     Args:
-        model: a hub id, a folder, a .gguf file, or a transformers model, which is changed in place.
+        model: a hub id, a folder, a .gguf file, or a transformers model, which is changed in place
+            (with stock or depth, the model that is returned is a new one).
         tokenizer: for a model given as an object, to read text with.
         recipe: where the other arguments start from; those that are given go over it. All of them
             are explained in eckart.recipe.Recipe.
@@ -82,7 +83,7 @@ def compress(
         given["model"] = str(model)
     resolved = _resolve(recipe, given)
     loaded = pipeline.load_for(resolved) if by_name else _given(model, tokenizer)
-    return loaded.model, pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch))
+    return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch))
 
 
 def _resolve(base: Recipe | None, given: dict[str, Any]) -> Recipe:

@@ -82,8 +82,20 @@ def _narrow(
     return {name: _rounded(module, module.weight, dtype) for name, module in made.items()}
 
 
-def rows(choices: Sequence[Choice], found: Sequence[Dimension], parts: Mapping[str, Part]) -> list[Module]:
-    """Return the rows of the result; the loss of a narrower dimension stands with its reader."""
+def rows(
+    choices: Sequence[Choice],
+    found: Sequence[Dimension],
+    parts: Mapping[str, Part],
+    blocks: Mapping[str, float],
+) -> list[Module]:
+    """Return the rows of the result.
+
+    The loss of a narrower dimension stands with its reader, that of a dropped block with the last of
+    its matrices.
+    """
+    last = {block: name for block in blocks for name in (c.target.name for c in choices)
+            if name.startswith(f"{block}.")}  # fmt: skip
+    whole_blocks = {name: blocks[block] for block, name in last.items()}
     by_member = {name: dimension for dimension in found for name in dimension.members}
     made = []
     for choice in choices:
@@ -92,6 +104,8 @@ def rows(choices: Sequence[Choice], found: Sequence[Dimension], parts: Mapping[s
         counted = choice.form != "narrow" or by_member[name].reader == name
         losses = parts[key].losses() if key in parts else torch.zeros(choice.rank + 1)
         lost, all_of_it = float(losses[choice.rank]), float(losses[0])
+        if choice.form == "dropped":
+            lost, all_of_it = whole_blocks.get(name, 0.0), 0.0
         made.append(
             Module(
                 name=name,

@@ -235,9 +235,9 @@ def _run(resolved: Recipe, out: Path, overwrite: bool) -> Result:
     with _Bars() as bars:
         bars.watch("load", 0, 1)
         loaded = pipeline.load_for(resolved)
-        result = pipeline.finish(resolved, pipeline.prepare(resolved, loaded, bars.watch))
+        model, result = pipeline.finish(resolved, pipeline.prepare(resolved, loaded, bars.watch))
         bars.watch("write", 0, 1)
-        api.save(loaded.model, loaded.tokenizer, out, result, overwrite=overwrite)
+        api.save(model, loaded.tokenizer, out, result, overwrite=overwrite)
         bars.watch("write", 1, 1)
     return result.with_file_bytes(hub.weight_bytes(out))
 

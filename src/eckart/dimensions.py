@@ -17,7 +17,6 @@ from .factors import NarrowLinear
 from .models import Target
 
 Kind = Literal["mlp", "attention"]
-_PROBE_TOKENS = 16
 _SAME = 0.1
 _EFFECT = 1e-6
 
@@ -132,8 +131,7 @@ def _build(model: nn.Module, dimension: Dimension) -> object:
 @torch.no_grad()
 def holds(model: Any, dimension: Dimension) -> bool:
     """Tell whether leaving out every other unit equals zeroing the columns that read it."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(models.vocabulary(model), (1, _PROBE_TOKENS), generator=generator).to(model.device)
+    ids = models.probe(model)
     reader = models.find(model, dimension.reader)
     kept = torch.arange(0, dimension.units, 2, device=reader.weight.device)
     masked = nn.Linear(reader.in_features, reader.out_features, reader.bias is not None, "meta")
@@ -141,21 +139,16 @@ def holds(model: Any, dimension: Dimension) -> bool:
     weight = torch.zeros_like(reader.weight)
     weight[:, columns] = reader.weight[:, columns]
     masked.weight, masked.bias = nn.Parameter(weight), reader.bias
-    whole = _logits(model, ids)
+    whole = models.probe_logits(model, ids)
     with swapped(model, {dimension.reader: masked}):
-        expected = _logits(model, ids)
+        expected = models.probe_logits(model, ids)
     try:
         with swapped(model, narrowed(model, dimension, kept)):
-            found = _logits(model, ids)
+            found = models.probe_logits(model, ids)
     except (RuntimeError, ValueError):  # a shape that is written down somewhere
         return False
     effect = float((expected - whole).norm())
     return effect > _EFFECT * float(whole.norm()) and float((found - expected).norm()) < _SAME * effect
-
-
-def _logits(model: Any, ids: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits.float()
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from .plugin import NAME
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int64": "I64"}
+_ORDER = ("bool", "uint8", "int8", "int16", "float16", "bfloat16", "int32", "float32", "float64", "int64")
 _WEIGHT_FILES = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
 MB = 1_000_000
 
@@ -243,11 +244,11 @@ def accounted_bytes(tensors: Mapping[str, Tensor], as_dtype: torch.dtype | None 
     Floating tensors count in `as_dtype` when it is given; meta tensors will do.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    # The format sorts by alignment, widest first, then by name.
+    # The format sorts by dtype, the last of its list first, then by name.
     sized = []
     for name, tensor in tensors.items():
         kind = as_dtype if as_dtype is not None and tensor.is_floating_point() else tensor.dtype
-        sized.append((-kind.itemsize, name, kind, tensor))
+        sized.append((-_ORDER.index(str(kind).removeprefix("torch.")), name, kind, tensor))
     end = 0
     for _, name, kind, tensor in sorted(sized, key=lambda item: item[:2]):
         start, end = end, end + tensor.numel() * kind.itemsize

@@ -21,6 +21,7 @@ LowRankModule = LowRankLinear | NarrowLinear | FactoredEmbedding | FactoredHead
 # Module kinds whose matrices are not projections: normalisation, position tables, short convolutions.
 _NOT_PROJECTIONS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d)
 _UNTREATED_SHARE = 0.02
+_PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,3 +309,16 @@ def vocabulary(model: PreTrainedModel) -> int:
     """Return the number of tokens that `model` scores."""
     size: int = model.config.get_text_config().vocab_size
     return size
+
+
+def probe(model: PreTrainedModel) -> Tensor:
+    """Return token ids (1, 16), always the same, on the device of `model`."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary(model), (1, _PROBE_TOKENS), generator=generator)
+    return ids.to(model.device)
+
+
+def probe_logits(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits of `model` on `ids` in float32."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits.float()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import assemble, budget, dimensions, hub, measure, memory, models, plugin, windows
+from . import assemble, budget, dimensions, hub, measure, memory, models, plugin, rebuild, stock, windows
 from .budget import Choice
 from .calibrate import Calibrated, calibrate
 from .dimensions import Dimension
@@ -24,6 +24,7 @@ from .recipe import Recipe
 from .result import Result, Sizes
 from .windows import Windows
 
+_DEPTH_WINDOWS = 2
 EXCHANGE_RATES = (0.5, 1.0, 1.5, 2.25, 1e3)
 """What estimates of low-rank MLP matrices are multiplied by, to be compared with those of widths."""
 
@@ -59,8 +60,17 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
     found = _targets(recipe, model)
     limit = _limit(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
-    choices = budget.choose(recipe, limit, found, dimensions.find(model, found))
+    choices = _unseen(recipe, limit, model, found)
     return Plan(recipe, choices, models.parameter_count(model), not decided_by_spectra)
+
+
+def _unseen(recipe: Recipe, limit: budget.Budget, model: nn.Module, found: Sequence[Target]) -> list[Choice]:
+    """Return the choices before anything is known of the losses; dimensions are those that shapes suggest."""
+    suspected = dimensions.find(model, found)
+    if recipe.stock:
+        droppable = models.block_names(model)[1:] if recipe.depth else []
+        return stock.choose(recipe, limit, model, found, suspected, blocks=dict.fromkeys(droppable, 1.0))
+    return budget.choose(recipe, limit, found, suspected)
 
 
 def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
@@ -104,6 +114,7 @@ class Prepared:
     loaded: hub.Loaded
     found: list[Target]
     dimensions: list[Dimension]
+    blocks: dict[str, float]
     parts: dict[str, Part]
     before: Sizes
     texts: Windows
@@ -124,7 +135,8 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
         raise ModelError("the model is already low-rank: eckart.densify it first")
     found = _targets(recipe, model)
     # An unreachable budget is refused now, not after the calibration.
-    budget.choose(recipe, _limit(recipe, model, found, loaded.stored), found, dimensions.find(model, found))
+    if recipe.stock or not recipe.depth:
+        _unseen(recipe, _limit(recipe, model, found, loaded.stored), model, found)
     recipe.check_text()
     for target in found:
         check_matrix(models.weight(model, target), target.name)
@@ -137,11 +149,15 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     dense = _measure(run, "measure dense", model, texts.held_out)
     with run.stage("calibrate") as progress:
         calibrated = _calibrated(recipe, model, found, texts.calibration, progress)
+    blocks: dict[str, float] = {}
+    if recipe.depth and texts.trial is not None:
+        with run.stage("try blocks") as progress:
+            blocks = rebuild.block_losses(model, texts.trial[:_DEPTH_WINDOWS], progress)
     with run.stage("factor") as progress:
         parts, lacking = factor(recipe, model, found, narrowable, calibrated, progress)
         run.warnings.extend(lacking)
     before = _sizes(model, found, output_dtype(recipe, loaded.stored))
-    return Prepared(loaded, found, narrowable, parts, before, texts, dense, calibrated, run)
+    return Prepared(loaded, found, narrowable, blocks, parts, before, texts, dense, calibrated, run)
 
 
 def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Dimension]:
@@ -158,10 +174,11 @@ def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> li
     return verified
 
 
-def finish(recipe: Recipe, prepared: Prepared) -> Result:
+def finish(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
     """Choose ranks and widths for the budget of `recipe`, put the modules into the model and measure it.
 
-    The model ends in the output dtype. `recipe` may differ from the one that was prepared in its
+    The model is the one that was prepared, changed in place; one with fewer blocks, or a stock model,
+    is a new one. It ends in the output dtype. `recipe` may differ from the one that was prepared in its
     budget, allocation, overrides and dtype, and in its form where that needs no other decompositions.
 
     Raises:
@@ -176,7 +193,13 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
     with run.stage("replace") as progress:
         made = assemble.build_modules(model, choices, prepared.dimensions, prepared.parts, dtype, progress)
         assemble.put(model, made)
-        modules = assemble.rows(choices, prepared.dimensions, prepared.parts)
+        modules = assemble.rows(choices, prepared.dimensions, prepared.parts, prepared.blocks)
+    dropped = [name for name in prepared.blocks if _gone(name, choices)]
+    if recipe.stock:
+        model = stock.build(model, choices, prepared.dimensions, dropped)
+    elif dropped:
+        model = rebuild.without_blocks(model, dropped)
+    found = rebuild.moved(found, loaded.model, dropped)
     plugin.mark(model)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     computed = model.dtype
@@ -185,7 +208,7 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
     compressed = _measure(run, "measure compressed", models.cast(model, computed), prepared.texts.held_out)
     models.cast(model, dtype)
     predicted = sum(module.loss for module in modules)
-    return Result(
+    return model, Result(
         recipe=recipe,
         source=loaded.source,
         architecture=type(model).__name__,
@@ -206,6 +229,10 @@ def finish(recipe: Recipe, prepared: Prepared) -> Result:
     )
 
 
+def _gone(block: str, choices: Sequence[Choice]) -> bool:
+    return any(c.form == "dropped" and c.target.name.startswith(f"{block}.") for c in choices)
+
+
 def _choose(
     recipe: Recipe, prepared: Prepared, limit: budget.Budget, progress: measure.Progress
 ) -> list[Choice]:
@@ -217,8 +244,20 @@ def _choose(
     """
     losses = {name: part.losses() for name, part in prepared.parts.items()}
 
+    if recipe.stock:
+        own = prepared.loaded.model
+        return stock.choose(recipe, limit, own, prepared.found, prepared.dimensions, losses, prepared.blocks)
+
     def at(rate: float) -> list[Choice]:
-        return budget.choose(recipe, limit, prepared.found, prepared.dimensions, losses, exchange=rate)
+        return budget.choose(
+            recipe,
+            limit,
+            prepared.found,
+            prepared.dimensions,
+            losses,
+            exchange=rate,
+            blocks=prepared.blocks,
+        )
 
     method, trial = recipe.resolved_method(), prepared.texts.trial
     alternatives = method.form == "mixed" and any(found.kind == "mlp" for found in prepared.dimensions)
@@ -238,7 +277,8 @@ def _trial_loss(prepared: Prepared, choices: Sequence[Choice], rows: Tensor) -> 
     made = assemble.build_modules(
         model, choices, prepared.dimensions, prepared.parts, model.dtype, lambda done, total: None
     )
-    with dimensions.swapped(model, made):
+    dropped = [name for name in prepared.blocks if _gone(name, choices)]
+    with dimensions.swapped(model, made), rebuild.skipped(model, dropped):
         return measure.perplexity(model, rows).loss
 
 

@@ -3,6 +3,7 @@
     python benchmarks/quality.py MODEL --text CALIBRATION --eval-text TEST --keep 0.9 0.8 0.6
     python benchmarks/quality.py MODEL --text CALIBRATION --eval-text TEST --rank 16 32 64 128
 
+A method is a preset, alone or with a form of its own: eckart/pivoted, eckart/width, eckart/stock.
 Finished rows are kept in the JSON file, and the same command continues after an interruption.
 """
 
@@ -17,6 +18,8 @@ from eckart import environment, models, pipeline, recipe, report
 from eckart.methods import METHODS
 from eckart.recipe import Recipe
 
+FORMS = ("eckart/pivoted", "eckart/width", "eckart/stock")
+DEFAULT = [*(name for name in METHODS if name != "eckart"), *FORMS, "eckart"]
 COLUMNS = [
     "method",
     "budget",
@@ -39,7 +42,7 @@ def arguments() -> argparse.Namespace:
     budget.add_argument("--keep", type=float, nargs="+")
     budget.add_argument("--rank", type=int, nargs="+")
     parser.add_argument("--of", default="linears", choices=["model", "linears"])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=DEFAULT)
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--eval-tokens", type=int, default=24_576)
     parser.add_argument("--dtype", default="float32")
@@ -49,9 +52,11 @@ def arguments() -> argparse.Namespace:
 
 def recipe_for(options: argparse.Namespace, method: str, name: str, value: float) -> Recipe:
     budget = {"rank": int(value)} if name == "rank" else {"keep": value, "of": options.of}
+    method, _, form = method.partition("/")
+    how: dict[str, Any] = {"stock": True} if form == "stock" else {"form": form} if form else {}
     return recipe.from_mapping(
         {
-            **budget, "model": options.model, "method": method, "tokens": options.tokens,
+            **budget, **how, "model": options.model, "method": method, "tokens": options.tokens,
             "gradient_tokens": max(2, options.tokens // 2), "eval_tokens": options.eval_tokens,
             "text": options.text, "eval_text": options.eval_text, "dtype": options.dtype,
         }
@@ -68,7 +73,7 @@ def measure(
     dense = {target.name: models.find(model, target.name) for target in prepared.found}
     once = sum(prepared.run.seconds.values()) - prepared.run.seconds["measure dense"]
     for value, own in zip(values, recipes, strict=True):
-        prepared.run.seconds["replace"] = 0.0
+        prepared.run.seconds |= {"choose": 0.0, "replace": 0.0}
         _, result = pipeline.finish(own, prepared)
         assert result.dense is not None
         assert result.compressed is not None
@@ -81,7 +86,7 @@ def measure(
             "perplexity": result.compressed.perplexity,
             "predicted": result.predicted_increase,
             "measured": result.compressed.loss - result.dense.loss,
-            "seconds": once + result.seconds["replace"],
+            "seconds": once + result.seconds["choose"] + result.seconds["replace"],
             "peak_mb_so_far": result.peak_memory["ram"] / 1e6,
         }
         for module_name, module in dense.items():

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from . import dimensions, models
+from . import heads as heads_module
 from .budget import Choice
 from .dimensions import Dimension
 from .embeddings import FactoredEmbedding, build_embedding, tied_head
-from .factorize import Part
-from .factors import FORMS, LowRank, build
+from .factorize import Decomposed, Part
+from .factors import FORMS, LowRank, PartialLinear, build
+from .heads import Heads, PairNarrowing, ValueNarrowing
 from .linalg import WeightedSVD
 from .result import Module
 
@@ -18,8 +20,7 @@ from .result import Module
 def build_modules(
     model: nn.Module,
     choices: Sequence[Choice],
-    found: Sequence[Dimension],
-    parts: Mapping[str, Part],
+    found: Decomposed,
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
 ) -> dict[str, nn.Module]:
@@ -28,14 +29,21 @@ def build_modules(
     Weights are rounded to `dtype`, once, from float64, and come in the dtype of what they replace.
     """
     made: dict[str, nn.Module] = {}
-    by_reader = {dimension.reader: dimension for dimension in found}
+    by_partial = {name: (own, True) for own in found.heads for name in (own.value, own.output)}
+    by_partial |= {name: (own, False) for own in found.heads for name in (own.query, own.key)}
+    by_reader = {dimension.reader: dimension for dimension in found.dimensions}
     for done, choice in enumerate(choices, 1):
         name = choice.target.name
         if choice.form in FORMS:
-            made |= _low_rank(model, parts[name].svd, choice, dtype)
+            made |= _low_rank(model, found.parts[name].svd, choice, dtype)
         elif choice.form == "narrow" and name in by_reader:
             dimension = by_reader[name]
-            made |= _narrow(model, dimension, parts[dimension.name], choice.rank, dtype)
+            made |= _narrow(model, dimension, found.parts[dimension.name], choice.rank, dtype)
+        elif choice.form == "partial":
+            attention, values = by_partial[name]
+            make = _partial_value if values else _partial_pair
+            partial = make(model, attention, found.parts, choice)
+            made[name] = _rounded(partial, models.find(model, name).weight, dtype)
         progress(done, len(choices))
     return made
 
@@ -82,27 +90,65 @@ def _narrow(
     return {name: _rounded(module, module.weight, dtype) for name, module in made.items()}
 
 
+def _partial_value(
+    model: nn.Module, heads: Heads, parts: Mapping[str, Part], choice: Choice
+) -> PartialLinear:
+    """Return the value or the output linear of `heads` at the chosen width of values."""
+    narrowing, kept = parts[heads.values].found, choice.rank
+    assert isinstance(narrowing, ValueNarrowing)
+    linear = models.find(model, choice.target.name)
+    own = torch.arange(kept)
+    if choice.target.name == heads.output:
+        places = heads_module.places(own, heads.count, heads.size)
+        return PartialLinear.of(linear, "columns", places, narrowing.output(kept), linear.bias)
+    places = heads_module.places(own, heads.groups, heads.size)
+    bias = None if linear.bias is None else narrowing.value(linear.bias.detach(), kept).flatten()
+    return PartialLinear.of(linear, "rows", places, narrowing.value(linear.weight.detach(), kept), bias)
+
+
+def _partial_pair(model: nn.Module, heads: Heads, parts: Mapping[str, Part], choice: Choice) -> PartialLinear:
+    """Return the query or the key linear of `heads` with the chosen number of pairs of rows."""
+    narrowing = parts[heads.pairs].found
+    assert isinstance(narrowing, PairNarrowing)
+    linear = models.find(model, choice.target.name)
+    count = heads.count // heads.groups if choice.target.name == heads.query else 1
+    rows = []
+    for group, order in enumerate(narrowing.order):
+        own = torch.cat(heads.halves(order[: choice.rank])).sort().values
+        rows.append(group * count * heads.size + heads_module.places(own, count, heads.size))
+    places = torch.cat(rows)
+    bias = None if linear.bias is None else linear.bias.detach()[places]
+    return PartialLinear.of(linear, "rows", places, linear.weight.detach()[places], bias)
+
+
 def rows(
     choices: Sequence[Choice],
-    found: Sequence[Dimension],
-    parts: Mapping[str, Part],
-    blocks: Mapping[str, float],
+    found: Decomposed,
 ) -> list[Module]:
     """Return the rows of the result.
 
     The loss of a narrower dimension stands with its reader, that of a dropped block with the last of
     its matrices.
     """
-    last = {block: name for block in blocks for name in (c.target.name for c in choices)
+    last = {block: name for block in found.blocks for name in (c.target.name for c in choices)
             if name.startswith(f"{block}.")}  # fmt: skip
-    whole_blocks = {name: blocks[block] for block, name in last.items()}
-    by_member = {name: dimension for dimension in found for name in dimension.members}
+    whole_blocks = {name: found.blocks[block] for block, name in last.items()}
+    by_partial = {
+        name: (own.values, name == own.output) for own in found.heads for name in (own.value, own.output)
+    }
+    by_partial |= {
+        name: (own.pairs, name == own.query) for own in found.heads for name in (own.query, own.key)
+    }
+    by_member = {name: dimension for dimension in found.dimensions for name in dimension.members}
     made = []
     for choice in choices:
         name, target = choice.target.name, choice.target
-        key = by_member[name].name if choice.form == "narrow" else name
-        counted = choice.form != "narrow" or by_member[name].reader == name
-        losses = parts[key].losses() if key in parts else torch.zeros(choice.rank + 1)
+        key, counted = name, True
+        if choice.form == "narrow":
+            key, counted = by_member[name].name, by_member[name].reader == name
+        elif choice.form == "partial":
+            key, counted = by_partial[name]
+        losses = found.parts[key].losses() if key in found.parts else torch.zeros(choice.rank + 1)
         lost, all_of_it = float(losses[choice.rank]), float(losses[0])
         if choice.form == "dropped":
             lost, all_of_it = whole_blocks.get(name, 0.0), 0.0

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import models
 from .dimensions import Dimension
 from .errors import RankError
-from .factors import Form, index_bytes, parameters
+from .factors import FORMS, Form, index_bytes, parameters
+from .heads import Heads
 from .models import Target
 from .ranks import (
     Curve,
@@ -30,7 +31,7 @@ from .ranks import (
 from .recipe import Recipe
 
 Rule = Fixed | Keep | Energy | None
-Become = Form | Literal["dense", "narrow", "dropped"]
+Become = Form | Literal["dense", "narrow", "partial", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,9 @@ class Choice:
         """Parameters after, bias not counted."""
         if self.form == "dense":
             return self.target.size
-        if self.form == "narrow":
+        if self.form in ("narrow", "partial"):
             return self.target.size // self.units * self.rank
-        return 0 if self.form == "dropped" else parameters(self.form, self.target.shape, self.rank)
+        return parameters(self.form, self.target.shape, self.rank) if self.form in FORMS else 0
 
 
 def dense(target: Target) -> Choice:
@@ -137,6 +138,7 @@ def choose(
     dimensions: Sequence[Dimension] = (),
     losses: Mapping[str, Tensor] | None = None,
     *,
+    heads: Sequence[Heads] = (),
     exchange: float = 1.0,
     blocks: Mapping[str, float] | None = None,
 ) -> list[Choice]:
@@ -149,6 +151,7 @@ def choose(
         dimensions: what may be made narrower, where the recipe's form says so.
         losses: per name of a target (a dimension) the estimated loss of every rank (width). None (a dry run)
             gives the ranks of uniform allocation wherever spectra would decide.
+        heads: of those dimensions, what may be made narrower head by head.
         exchange: what the estimates of low-rank MLP matrices are multiplied by, to be compared with those
             of widths.
         blocks: what it costs to leave out each of these blocks.
@@ -170,7 +173,8 @@ def choose(
     if free and budget.parameters is not None:
         spent = sum(choice.parameters for choice in decided.values())
         if method.allocation == "curvature" and losses is not None:
-            menus = _menus(recipe, free, open_ones, losses, exchange)
+            own_heads = {found.name: found for found in heads}
+            menus = _menus(recipe, free, open_ones, own_heads, losses, exchange)
             menus = _with_blocks(menus, blocks or {})
             found = _allocated(menus, budget, budget.parameters - spent)
         else:
@@ -227,6 +231,7 @@ def _menus(
     recipe: Recipe,
     free: Sequence[Target],
     dimensions: Sequence[Dimension],
+    heads: Mapping[str, Heads],
     losses: Mapping[str, Tensor],
     exchange: float,
 ) -> list[Options]:
@@ -236,20 +241,44 @@ def _menus(
     menus: list[Options] = []
     for dimension in dimensions:
         members = [left.pop(name) for name in dimension.members]
-        ways = [_narrowed(members, dimension, losses[dimension.name], step)]
-        if form is not None:
-            rate = exchange if dimension.kind == "mlp" else 1.0
-            ways.append(
-                together([_ranked(target, form, rate * losses[target.name], step) for target in members])
-            )
-        menus.append(either(ways))
-    for target in left.values():
-        own = target.form(form)
-        if own is None:
-            menus.append(Curve(((dense(target),),), (target.size,), (0.0,)))
+        rate = exchange if dimension.kind == "mlp" else 1.0
+        alone = {target.name: _alone(target, form, losses, step, rate) for target in members}
+        if dimension.name in heads:
+            inside = _by_heads(heads[dimension.name], alone, losses)
         else:
-            menus.append(_ranked(target, own, losses[target.name], step))
-    return menus
+            inside = together(list(alone.values()))
+        menus.append(either([_narrowed(members, dimension, losses[dimension.name], step), inside]))
+    return [*menus, *(_alone(target, form, losses, step) for target in left.values())]
+
+
+def _alone(
+    target: Target, form: Form | None, losses: Mapping[str, Tensor], step: int, rate: float = 1.0
+) -> Options:
+    """Return what one matrix may become by itself."""
+    own = target.form(form)
+    if own is None:
+        return Curve(((dense(target),),), (target.size,), (0.0,))
+    return _ranked(target, own, rate * losses[target.name], step)
+
+
+def _by_heads(heads: Heads, alone: Mapping[str, Options], losses: Mapping[str, Tensor]) -> Options:
+    """Return what the matrices of an attention may become, two by two or each by itself."""
+    value, output, query, key = (alone[n] for n in (heads.value, heads.output, heads.query, heads.key))
+    values = either([together([value, output]), _partial([value, output], losses[heads.values])])
+    if heads.interleaved is None:
+        return together([values, query, key])
+    pairs = either([together([query, key]), _partial([query, key], losses[heads.pairs])])
+    return together([values, pairs])
+
+
+def _partial(pair: Sequence[Options], losses: Tensor) -> Options:
+    """Return the options of two matrices that share parts of heads: any number of parts."""
+    targets = [menu.options[0][0].target for menu in pair]
+    size, units = sum(target.size for target in targets), len(losses) - 1
+    widths = width_curve(size, losses)
+    options = [tuple(Choice(target, "partial", kept, units) for target in targets) for kept in widths.options]
+    options[-1] = tuple(dense(target) for target in targets)
+    return Curve(tuple(options), widths.costs, widths.losses)
 
 
 def _with_blocks(menus: Sequence[Options], blocks: Mapping[str, float]) -> list[Options]:
@@ -278,16 +307,25 @@ def _allocated(menus: Sequence[Options], budget: Budget, left: int) -> list[Choi
     return [choice for name, menu in curves.items() for choice in menu.options[places[name]]]
 
 
-def fixed_bytes(model: torch.nn.Module, targets: Sequence[Target], form: Form | None, itemsize: int) -> int:
+def fixed_bytes(
+    model: torch.nn.Module,
+    targets: Sequence[Target],
+    form: Form | None,
+    itemsize: int,
+    dimensions: Sequence[Dimension] = (),
+) -> int:
     """Return the bytes of a weight file without the treated matrices, the file's own header included.
 
     The header is bounded from above: three entries of at most 120 characters beside the name for
-    every treated matrix, one for every other tensor.
+    every treated matrix, one for every other tensor. So are the places of what may be kept of
+    attention heads.
     """
     treated = {f"{target.name}.weight" for target in targets}
     header = sum(3 * (len(target.name) + 120) for target in targets) + 256
-    forms = [(target.form(form), target.shape) for target in targets]
-    total = sum(index_bytes(own, shape) for own, shape in forms if own is not None)
+    forms = {target.name: (target.form(form), target.shape) for target in targets}
+    total = sum(index_bytes(own, shape) for own, shape in forms.values() if own is not None)
+    attentions = [found for found in dimensions if found.kind == "attention"]
+    total += sum(4 * max(forms[name][1]) for found in attentions for name in found.members)
     for name, tensor in models.state_tensors(model).items():
         if name not in treated:
             size = itemsize if tensor.is_floating_point() else tensor.element_size()

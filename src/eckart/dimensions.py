@@ -114,7 +114,7 @@ def verified(model: Any, dimensions: Sequence[Dimension]) -> list[Dimension]:
     known: dict[object, bool] = {}
     kept = []
     for dimension in dimensions:
-        build = _build(model, dimension)
+        build = build_of(model, dimension)
         if build not in known:
             known[build] = holds(model, dimension)
         if known[build]:
@@ -122,7 +122,8 @@ def verified(model: Any, dimensions: Sequence[Dimension]) -> list[Dimension]:
     return kept
 
 
-def _build(model: nn.Module, dimension: Dimension) -> object:
+def build_of(model: nn.Module, dimension: Dimension) -> object:
+    """Return what dimensions have in common that need to be tried only once."""
     inner = tuple((name.removeprefix(dimension.name), models.find(model, name).weight.shape)
                   for name in dimension.members)  # fmt: skip
     return type(model.get_submodule(dimension.name)), dimension.units, inner
@@ -147,6 +148,11 @@ def holds(model: Any, dimension: Dimension) -> bool:
             found = models.probe_logits(model, ids)
     except (RuntimeError, ValueError):  # a shape that is written down somewhere
         return False
+    return agrees(found, expected, whole)
+
+
+def agrees(found: Tensor, expected: Tensor, whole: Tensor) -> bool:
+    """Tell whether two changes of a model did the same to its logits `whole`, and did something."""
     effect = float((expected - whole).norm())
     return effect > _EFFECT * float(whole.norm()) and float((found - expected).norm()) < _SAME * effect
 

@@ -3,7 +3,7 @@
 A block's statistics are freed when it is factored, so that an executor may own one block at a time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import methods, models, width
 from .calibrate import Calibrated
 from .dimensions import Dimension
+from .heads import Heads, PairNarrowing, ValueNarrowing, narrow_pairs, narrow_values
 from .linalg import Metric, WeightedSVD, weighted_svd
 from .models import Target
 from .recipe import Recipe
@@ -21,7 +22,7 @@ from .width import Narrowing
 class Part:
     """A decomposed matrix, or the weight that reads a decomposed hidden dimension."""
 
-    found: WeightedSVD | Narrowing
+    found: WeightedSVD | Narrowing | ValueNarrowing | PairNarrowing
     unit: float
 
     def losses(self) -> Tensor:
@@ -41,6 +42,27 @@ class Part:
         return self.found
 
 
+@dataclass(frozen=True, slots=True)
+class Decomposed:
+    """Everything that choices are made of: serves every budget.
+
+    Args:
+        parts: by the name of a matrix, a dimension, or what is made narrower in heads.
+        dimensions: hidden dimensions that may be made narrower.
+        heads: attentions whose heads may be.
+        blocks: what it costs to leave out each block that may be.
+    """
+
+    parts: Mapping[str, Part]
+    dimensions: Sequence[Dimension]
+    heads: Sequence[Heads]
+    blocks: Mapping[str, float]
+
+    def losses(self) -> dict[str, Tensor]:
+        """Return the estimated loss of every rank or width, by name."""
+        return {name: part.losses() for name, part in self.parts.items()}
+
+
 def by_block(model: nn.Module, found: Sequence[Target]) -> list[list[Target]]:
     """Group targets by transformer block, in order; those outside the blocks come last, together."""
     prefixes = [f"{name}." for name in models.block_names(model)]
@@ -56,6 +78,7 @@ def factor(
     model: nn.Module,
     found: Sequence[Target],
     dimensions: Sequence[Dimension],
+    heads: Sequence[Heads],
     calibrated: Calibrated,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, Part], list[str]]:
@@ -65,12 +88,15 @@ def factor(
     """
     parts: dict[str, Part] = {}
     short: dict[str, int] = {}
+    done = 0
     for group in by_block(model, found):
         own = {target.name for target in group}
         inside = [dimension for dimension in dimensions if dimension.reader in own]
-        parts |= factor_block(recipe, model, group, inside, calibrated, short)
+        own_heads = [attention for attention in heads if attention.output in own]
+        parts |= factor_block(recipe, model, group, inside, own_heads, calibrated, short)
         calibrated.stats.forget([name for target in group for name in target.modules])
-        progress(len(parts), len(found) + len(dimensions))
+        done += len(group)
+        progress(done, len(found))
     warnings = [
         f"too few tokens for the rank of some {kind} moments: {need:,} are needed, damping "
         f"({recipe.damp:g}) fills the gap"
@@ -84,6 +110,7 @@ def factor_block(
     model: nn.Module,
     group: Sequence[Target],
     dimensions: Sequence[Dimension],
+    heads: Sequence[Heads],
     calibrated: Calibrated,
     short: dict[str, int],
 ) -> dict[str, Part]:
@@ -93,6 +120,8 @@ def factor_block(
     """
     method, stats = recipe.resolved_method(), calibrated.stats
     shared: dict[str, Metric] = {}
+    outputs = {attention.output: attention for attention in heads}
+    queries = {attention.query: attention for attention in heads if attention.interleaved is not None}
     readers = {dimension.reader: dimension for dimension in dimensions}
     parts: dict[str, Part] = {}
     for target in group:
@@ -104,6 +133,14 @@ def factor_block(
             dimension = readers[target.name]
             order = width.ORDERS[recipe.landmarks](weight, *metrics, dimension.units)
             parts[dimension.name] = Part(width.narrow(weight, *metrics, order), unit)
+        if target.name in outputs:
+            parts[outputs[target.name].values] = Part(
+                narrow_values(outputs[target.name], weight, *metrics), unit
+            )
+        if target.name in queries:
+            parts[queries[target.name].pairs] = Part(
+                narrow_pairs(queries[target.name], weight, *metrics), unit
+            )
         for kind in method.statistics():
             moment = stats.moment(kind, target.name)
             if methods.shortage(moment):

@@ -6,11 +6,12 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, RankError
 from .linalg import RowSkeleton, check_rank, pivot_rows
 
 Form = Literal["factored", "pivoted"]
 FORMS: tuple[Form, ...] = ("factored", "pivoted")
+Side = Literal["rows", "columns"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,71 @@ class NarrowLinear(nn.Linear):
             bias = wide.new_zeros(self.copies, outputs // self.copies)
             bias[:, : weight.shape[1]] = self.bias.detach().view(self.copies, -1)
         return wide.flatten(0, 1), None if bias is None else bias.flatten()
+
+
+class PartialLinear(nn.Module):
+    """A linear map of which only some rows (or columns) are stored; the others are zero.
+
+    Unlike a NarrowLinear it keeps its outer shape, for neighbours whose code fixes it.
+
+    Args:
+        in_features, out_features: n and m of the map.
+        kept: how many rows or columns are stored.
+        side: which of the two; `places (kept,)` int32 says where they stand.
+        bias: of the stored rows, or of all rows where columns are stored.
+    """
+
+    kind: Literal["partial"] = "partial"
+    places: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, kept: int, side: Side, bias: bool = False
+    ) -> None:
+        super().__init__()
+        whole = {"rows": out_features, "columns": in_features}[side]
+        if not 1 <= kept <= whole:
+            raise RankError(f"{kept} of {whole} {side}: legal are 1 to {whole}")
+        self.in_features, self.out_features, self.kept, self.side = in_features, out_features, kept, side
+        inner = (in_features, kept) if side == "rows" else (kept, out_features)
+        self.inner = nn.Linear(*inner, bias=bias)
+        self.register_buffer("places", torch.arange(kept, dtype=torch.int32))
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls, linear: nn.Linear, side: Side, places: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> "PartialLinear":
+        """Return the module that stands for `linear`, with `weight` at the `places` of `side`."""
+        with torch.device("meta"):
+            made = cls(linear.in_features, linear.out_features, len(places), side, bias is not None)
+        made = made.to(weight.dtype).to_empty(device=weight.device)
+        made.inner.weight.copy_(weight)
+        made.places.copy_(places)
+        if bias is not None:
+            made.inner.bias.copy_(bias)
+        return made
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map `inputs` (..., n) to (..., m)."""
+        if self.side == "columns":
+            return cast(Tensor, self.inner(inputs.index_select(-1, self.places)))
+        stored = self.inner(inputs)
+        outputs = stored.new_zeros(*stored.shape[:-1], self.out_features)
+        return cast(Tensor, outputs.index_copy(-1, self.places.to(torch.int64), stored))
+
+    def padded(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight (m, n) and bias of the same function."""
+        places, weight = self.places.to(torch.int64), self.inner.weight.detach()
+        axis = 0 if self.side == "rows" else 1
+        wide = weight.new_zeros(self.out_features, self.in_features).index_copy(axis, places, weight)
+        bias = None if self.inner.bias is None else self.inner.bias.detach()
+        if bias is not None and self.side == "rows":
+            bias = bias.new_zeros(self.out_features).index_copy(0, places, bias)
+        return wide, bias
+
+    def extra_repr(self) -> str:
+        """Describe the map for print(model)."""
+        return f"{self.in_features} -> {self.out_features}, {self.kept} {self.side}"
 
 
 LowRankLinear = FactoredLinear | PivotedLinear

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from .embeddings import FactoredEmbedding, FactoredHead, share
 from .errors import ModelError
-from .factors import Form, LowRankLinear, NarrowLinear
+from .factors import Form, LowRankLinear, NarrowLinear, PartialLinear
 
-LowRankModule = LowRankLinear | NarrowLinear | FactoredEmbedding | FactoredHead
+LowRankModule = LowRankLinear | NarrowLinear | PartialLinear | FactoredEmbedding | FactoredHead
 
 # Module kinds whose matrices are not projections: normalisation, position tables, short convolutions.
 _NOT_PROJECTIONS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d)
@@ -219,13 +219,13 @@ def low_rank_modules(model: nn.Module) -> dict[str, LowRankModule]:
 
 
 @torch.no_grad()
-def dense_linear(module: LowRankLinear | NarrowLinear) -> nn.Linear:
+def dense_linear(module: LowRankLinear | NarrowLinear | PartialLinear) -> nn.Linear:
     """Return the nn.Linear (m, n) that computes what `module` does; the product is formed in float64.
 
-    A narrow linear gets back the rows and columns that it had, as zeros.
+    Rows and columns that were left out come back as zeros.
     """
     own = next(module.parameters())
-    if isinstance(module, NarrowLinear):
+    if isinstance(module, NarrowLinear | PartialLinear):
         weight, bias = module.padded()
     else:
         wide = copy.deepcopy(module).to(device="cpu").to(torch.float64)

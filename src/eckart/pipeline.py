@@ -12,12 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import assemble, budget, dimensions, hub, measure, memory, models, plugin, rebuild, stock, windows
+from . import (
+    assemble,
+    budget,
+    dimensions,
+    heads,
+    hub,
+    measure,
+    memory,
+    models,
+    plugin,
+    rebuild,
+    selection,
+    stock,
+    windows,
+)
 from .budget import Choice
 from .calibrate import Calibrated, calibrate
 from .dimensions import Dimension
 from .errors import ModelError, NotFinite
-from .factorize import Part, factor
+from .factorize import Decomposed, factor
 from .linalg import check_matrix
 from .models import Target
 from .recipe import Recipe
@@ -25,9 +39,6 @@ from .result import Result, Sizes
 from .windows import Windows
 
 _DEPTH_WINDOWS = 2
-EXCHANGE_RATES = (0.5, 1.0, 1.5, 2.25, 1e3)
-"""What estimates of low-rank MLP matrices are multiplied by, to be compared with those of widths."""
-
 Watch = Callable[[str, int, int], None]
 """Called with the name of the stage, what is done and what there is to do."""
 
@@ -60,17 +71,8 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
     found = _targets(recipe, model)
     limit = _limit(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
-    choices = _unseen(recipe, limit, model, found)
+    choices = selection.unseen(recipe, limit, model, found, dimensions.find(model, found))
     return Plan(recipe, choices, models.parameter_count(model), not decided_by_spectra)
-
-
-def _unseen(recipe: Recipe, limit: budget.Budget, model: nn.Module, found: Sequence[Target]) -> list[Choice]:
-    """Return the choices before anything is known of the losses; dimensions are those that shapes suggest."""
-    suspected = dimensions.find(model, found)
-    if recipe.stock:
-        droppable = models.block_names(model)[1:] if recipe.depth else []
-        return stock.choose(recipe, limit, model, found, suspected, blocks=dict.fromkeys(droppable, 1.0))
-    return budget.choose(recipe, limit, found, suspected)
 
 
 def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
@@ -81,7 +83,9 @@ def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
 
 def _limit(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> budget.Budget:
     itemsize = output_dtype(recipe, stored).itemsize
-    fixed = budget.fixed_bytes(model, found, recipe.resolved_method().low_rank, itemsize)
+    narrows = recipe.resolved_method().narrows and not recipe.stock
+    attentions = dimensions.find(model, found) if narrows else []
+    fixed = budget.fixed_bytes(model, found, recipe.resolved_method().low_rank, itemsize, attentions)
     return budget.settle(recipe, found, models.parameter_count(model), fixed, itemsize)
 
 
@@ -113,9 +117,7 @@ class Prepared:
 
     loaded: hub.Loaded
     found: list[Target]
-    dimensions: list[Dimension]
-    blocks: dict[str, float]
-    parts: dict[str, Part]
+    decomposed: Decomposed
     before: Sizes
     texts: Windows
     dense: measure.Perplexity | None
@@ -134,13 +136,13 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     if models.low_rank_modules(model):
         raise ModelError("the model is already low-rank: eckart.densify it first")
     found = _targets(recipe, model)
-    # An unreachable budget is refused now, not after the calibration.
-    if recipe.stock or not recipe.depth:
-        _unseen(recipe, _limit(recipe, model, found, loaded.stored), model, found)
     recipe.check_text()
     for target in found:
         check_matrix(models.weight(model, target), target.name)
     narrowable = _dimensions(recipe, model, found)
+    # An unreachable budget is refused now, not after the calibration.
+    selection.unseen(recipe, _limit(recipe, model, found, loaded.stored), model, found, narrowable)
+    attentions = [] if recipe.stock else heads.found(model, narrowable)
     with run.stage("read text"):
         texts = windows.read(recipe, loaded.tokenizer, run.warnings)
         if texts.held_out is not None:
@@ -154,10 +156,11 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
         with run.stage("try blocks") as progress:
             blocks = rebuild.block_losses(model, texts.trial[:_DEPTH_WINDOWS], progress)
     with run.stage("factor") as progress:
-        parts, lacking = factor(recipe, model, found, narrowable, calibrated, progress)
+        parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress)
         run.warnings.extend(lacking)
     before = _sizes(model, found, output_dtype(recipe, loaded.stored))
-    return Prepared(loaded, found, narrowable, blocks, parts, before, texts, dense, calibrated, run)
+    decomposed = Decomposed(parts, narrowable, attentions, blocks)
+    return Prepared(loaded, found, decomposed, before, texts, dense, calibrated, run)
 
 
 def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Dimension]:
@@ -189,14 +192,16 @@ def finish(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
     model, dtype = loaded.model, output_dtype(recipe, loaded.stored)
     limit = _limit(recipe, model, found, loaded.stored)
     with run.stage("choose") as progress:
-        choices = _choose(recipe, prepared, limit, progress)
+        choices = selection.choose(
+            recipe, limit, model, found, prepared.decomposed, prepared.texts.trial, progress
+        )
     with run.stage("replace") as progress:
-        made = assemble.build_modules(model, choices, prepared.dimensions, prepared.parts, dtype, progress)
+        made = assemble.build_modules(model, choices, prepared.decomposed, dtype, progress)
         assemble.put(model, made)
-        modules = assemble.rows(choices, prepared.dimensions, prepared.parts, prepared.blocks)
-    dropped = [name for name in prepared.blocks if _gone(name, choices)]
+        modules = assemble.rows(choices, prepared.decomposed)
+    dropped = selection.dropped(prepared.decomposed, choices)
     if recipe.stock:
-        model = stock.build(model, choices, prepared.dimensions, dropped)
+        model = stock.build(model, choices, prepared.decomposed.dimensions, dropped)
     elif dropped:
         model = rebuild.without_blocks(model, dropped)
     found = rebuild.moved(found, loaded.model, dropped)
@@ -227,59 +232,6 @@ def finish(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
         peak_memory=memory.peak_bytes(model.device),
         warnings=list(run.warnings),
     )
-
-
-def _gone(block: str, choices: Sequence[Choice]) -> bool:
-    return any(c.form == "dropped" and c.target.name.startswith(f"{block}.") for c in choices)
-
-
-def _choose(
-    recipe: Recipe, prepared: Prepared, limit: budget.Budget, progress: measure.Progress
-) -> list[Choice]:
-    """Return the choices; between low rank and width, by what calibration text says of either.
-
-    Estimates are of second order and per matrix. At equal estimates, MLPs at low rank lose more than
-    narrow ones, by a factor that grows with the loss: several exchange rates are tried on windows of
-    text, and the one with the least loss is taken.
-    """
-    losses = {name: part.losses() for name, part in prepared.parts.items()}
-
-    if recipe.stock:
-        own = prepared.loaded.model
-        return stock.choose(recipe, limit, own, prepared.found, prepared.dimensions, losses, prepared.blocks)
-
-    def at(rate: float) -> list[Choice]:
-        return budget.choose(
-            recipe,
-            limit,
-            prepared.found,
-            prepared.dimensions,
-            losses,
-            exchange=rate,
-            blocks=prepared.blocks,
-        )
-
-    method, trial = recipe.resolved_method(), prepared.texts.trial
-    alternatives = method.form == "mixed" and any(found.kind == "mlp" for found in prepared.dimensions)
-    if not alternatives or method.allocation != "curvature" or trial is None:
-        return at(1.0)
-    tried: dict[float, tuple[float, list[Choice]]] = {}
-    for done, rate in enumerate(EXCHANGE_RATES):
-        choices = at(rate)
-        known = next((loss for loss, other in tried.values() if other == choices), None)
-        tried[rate] = (_trial_loss(prepared, choices, trial) if known is None else known, choices)
-        progress(done + 1, len(EXCHANGE_RATES))
-    return min(tried.values(), key=lambda pair: pair[0])[1]
-
-
-def _trial_loss(prepared: Prepared, choices: Sequence[Choice], rows: Tensor) -> float:
-    model = prepared.loaded.model
-    made = assemble.build_modules(
-        model, choices, prepared.dimensions, prepared.parts, model.dtype, lambda done, total: None
-    )
-    dropped = [name for name in prepared.blocks if _gone(name, choices)]
-    with dimensions.swapped(model, made), rebuild.skipped(model, dropped):
-        return measure.perplexity(model, rows).loss
 
 
 def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ what to install, and the quantizer takes them out of the way before the model is
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import models
 from .embeddings import FactoredEmbedding, FactoredHead, dense_embedding
 from .errors import StoreError
-from .factors import FORMS, MODULES, NarrowLinear
+from .factors import FORMS, MODULES, NarrowLinear, PartialLinear
 
 NAME = "eckart"
 FORMAT = 2
@@ -49,7 +49,8 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules: dotted name -> {"kind": k, "rank": r}, where k is factored or pivoted for an
             nn.Linear, embedding for an nn.Embedding, head for an nn.Linear that is tied to it; or
             {"kind": "narrow", "shape": [m, n], "copies": c} for an nn.Linear that lost rows or
-            columns (eckart.factors.NarrowLinear).
+            columns (eckart.factors.NarrowLinear); or {"kind": "partial", "kept": k, "side": s} for one
+            that stores some of its rows or columns (eckart.factors.PartialLinear).
         format: version of this declaration and of the tensors' names.
 
     Raises:
@@ -90,13 +91,17 @@ def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
         raise StoreError(f"config.json declares a module {name!r}: not a dotted module name")
     if spec.get("kind") == NarrowLinear.kind:
         numbers, wanted = [*spec.get("shape", ()), spec.get("copies")], {"kind", "shape", "copies"}
+    elif spec.get("kind") == PartialLinear.kind:
+        numbers, wanted = [spec.get("kept")], {"kind", "kept", "side"}
     else:
         numbers, wanted = [spec.get("rank")], {"kind", "rank"}
-    legal = spec.get("kind") in (*KINDS, NarrowLinear.kind) and set(spec) == wanted
+    legal = spec.get("kind") in (*KINDS, NarrowLinear.kind, PartialLinear.kind) and set(spec) == wanted
+    legal = legal and spec.get("side", "rows") in ("rows", "columns")
     if not legal or not all(isinstance(number, int) and number >= 1 for number in numbers):
         raise StoreError(
             f"config.json declares {name} as {dict(spec)}: legal is a kind of {', '.join(KINDS)} and a rank "
-            "of at least 1, or the kind narrow, a shape [m, n] and copies"
+            "of at least 1; the kind narrow, a shape [m, n] and copies; or the kind partial, kept and a "
+            "side of rows or columns"
         )
 
 
@@ -198,7 +203,7 @@ def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
             )
         dense = modules[name]
         with torch.device("meta"):
-            module = _narrow(name, dense, spec) if spec["kind"] == "narrow" else _low_rank(name, dense, spec)
+            module = _MAKERS.get(spec["kind"], _low_rank)(name, dense, spec)
         models.replace(model, name, module.to(dense.weight.dtype))
     models.tie(model)
 
@@ -227,6 +232,24 @@ def _narrow(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
             f"{whole[0]} x {whole[1]}: the folder is damaged or mixed"
         )
     return NarrowLinear(inputs, outputs, dense.bias is not None, whole=whole, copies=spec["copies"])
+
+
+def _partial(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the linear with some rows or columns that `spec` declares for `dense`, uninitialised."""
+    whole = dense.out_features if spec["side"] == "rows" else dense.in_features
+    if spec["kept"] > whole:
+        raise StoreError(
+            f"config.json declares {spec['kept']} {spec['side']} of {name}, which has {whole}: "
+            "the folder is damaged or mixed"
+        )
+    sizes = dense.in_features, dense.out_features
+    return PartialLinear(*sizes, spec["kept"], spec["side"], dense.bias is not None)
+
+
+_MAKERS: dict[str, Callable[[str, Any, Mapping[str, Any]], nn.Module]] = {
+    NarrowLinear.kind: _narrow,
+    PartialLinear.kind: _partial,
+}
 
 
 def check_files(model: nn.Module, files: list[Path]) -> None:
@@ -269,6 +292,8 @@ def declare(model: nn.Module) -> EckartConfig:
 def _spec(module: models.LowRankModule) -> dict[str, Any]:
     if isinstance(module, NarrowLinear):
         return {"kind": module.kind, "shape": list(module.weight.shape), "copies": module.copies}
+    if isinstance(module, PartialLinear):
+        return {"kind": module.kind, "kept": module.kept, "side": module.side}
     return {"kind": module.kind, "rank": module.rank}
 
 

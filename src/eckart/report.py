@@ -213,7 +213,7 @@ def plan_table(plan: Plan) -> RenderableType:
 
 
 def _becomes(choice: Choice) -> str:
-    if choice.form == "narrow":
+    if choice.form in ("narrow", "partial"):
         return f"{choice.rank} of {choice.units} wide"
     return choice.form if choice.form in ("dense", "dropped") else str(choice.rank)
 

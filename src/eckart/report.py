@@ -106,7 +106,7 @@ def remarks(result: Result) -> list[str]:
     kept_dense = sum(module.form == "dense" for module in result.modules)
     if kept_dense == len(result.modules):
         found.append("nothing was compressed: every matrix is smallest dense at this budget")
-    elif kept_dense:
+    elif kept_dense and result.recipe.resolved_method().low_rank is not None:
         found.append(
             f"{kept_dense} of {len(result.modules)} matrices gain nothing at this budget and stay dense"
         )
@@ -315,15 +315,24 @@ tags: [eckart, low-rank, compressed]
 method `{result.recipe.method}`, {_budget(result)}.
 
 ```python
-import eckart  # pip install eckart
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{_needs_eckart(result)}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
-`eckart.densify(model)` gives back an ordinary model of the original shape.
+{_what_it_is(result)}
 """
+
+
+def _needs_eckart(result: Result) -> str:
+    return "" if result.recipe.stock else "import eckart  # pip install eckart\n"
+
+
+def _what_it_is(result: Result) -> str:
+    if result.recipe.stock:
+        return "It is an ordinary model with narrower layers, and loads without eckart."
+    return "`eckart.densify(model)` gives back an ordinary model of the original shape."
 
 
 def _without_folders(recipe: Recipe) -> Recipe:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import eckart
-from eckart import factors, models, plugin
+from eckart import assemble, dimensions, factors, models, plugin
 from eckart.linalg import truncated_svd
 
 from .. import tiny
@@ -18,7 +18,23 @@ from .. import tiny
 def main() -> None:
     folder = Path(__file__).parent / f"format-{plugin.FORMAT}"
     model = tiny.build("llama-bias-untied")
-    for index, target in enumerate(models.targets(model)):
+    found = models.targets(model)
+    mlp = next(d for d in dimensions.find(model, found) if d.kind == "mlp" and ".1." in d.name)
+    assemble.put(model, dimensions.narrowed(model, mlp, torch.arange(0, mlp.units, 2)))
+    half = torch.arange(0, 16, 2)
+    key, output = (models.find(model, f"model.layers.1.self_attn.{n}_proj") for n in "ko")
+    rows, columns = key.weight.detach()[half], output.weight.detach()[:, half]
+    bias = key.bias.detach()[half]
+    modules = {
+        "model.layers.1.self_attn.k_proj": factors.PartialLinear.of(key, "rows", half, rows, bias),
+        "model.layers.1.self_attn.o_proj": factors.PartialLinear.of(
+            output, "columns", half, columns, output.bias
+        ),
+    }
+    assemble.put(model, modules)
+    for index, target in enumerate(found):
+        if type(model.get_submodule(target.name)) is not torch.nn.Linear:
+            continue
         linear = models.find(model, target.name)
         svd = truncated_svd(linear.weight.detach().double(), 8 + index % 3)
         low_rank = factors.LowRank(svd.left * svd.values, svd.right)

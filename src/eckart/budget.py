@@ -239,16 +239,23 @@ def _menus(
     form, step = recipe.resolved_method().low_rank, recipe.step()
     left = {target.name: target for target in free}
     menus: list[Options] = []
-    for dimension in dimensions:
-        members = [left.pop(name) for name in dimension.members]
-        rate = exchange if dimension.kind == "mlp" else 1.0
-        alone = {target.name: _alone(target, form, losses, step, rate) for target in members}
-        if dimension.name in heads:
-            inside = _by_heads(heads[dimension.name], alone, losses)
-        else:
-            inside = together(list(alone.values()))
-        menus.append(either([_narrowed(members, dimension, losses[dimension.name], step), inside]))
-    return [*menus, *(_alone(target, form, losses, step) for target in left.values())]
+
+    def by_itself(names: Sequence[str], rate: float) -> dict[str, Options]:
+        return {name: _alone(left.pop(name), form, losses, step, rate) for name in names}
+
+    narrowable = {dimension.name: dimension for dimension in dimensions}
+    for name in dict.fromkeys([*narrowable, *heads]):
+        dimension, own = narrowable.get(name), heads.get(name)
+        members = dimension.members if dimension is not None else own.members if own is not None else ()
+        if not set(members) <= set(left):
+            continue
+        targets = [left[member] for member in members]
+        alone = by_itself(members, exchange if dimension is not None and dimension.kind == "mlp" else 1.0)
+        inside = together(list(alone.values())) if own is None else _by_heads(own, alone, losses)
+        if dimension is not None:
+            inside = either([_narrowed(targets, dimension, losses[name], step), inside])
+        menus.append(inside)
+    return [*menus, *by_itself(list(left), 1.0).values()]
 
 
 def _alone(

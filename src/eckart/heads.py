@@ -39,6 +39,11 @@ class Heads:
     interleaved: bool | None
 
     @property
+    def members(self) -> tuple[str, ...]:
+        """The names of the four linears."""
+        return (self.query, self.key, self.value, self.output)
+
+    @property
     def values(self) -> str:
         """What the narrowing of values and outputs is called."""
         return f"{self.name}.values"

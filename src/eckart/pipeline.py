@@ -32,6 +32,7 @@ from .calibrate import Calibrated, calibrate
 from .dimensions import Dimension
 from .errors import ModelError, NotFinite
 from .factorize import Decomposed, factor
+from .heads import Heads
 from .linalg import check_matrix
 from .models import Target
 from .recipe import Recipe
@@ -142,7 +143,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     narrowable = _dimensions(recipe, model, found)
     # An unreachable budget is refused now, not after the calibration.
     selection.unseen(recipe, _limit(recipe, model, found, loaded.stored), model, found, narrowable)
-    attentions = [] if recipe.stock else heads.found(model, narrowable)
+    attentions = _heads(recipe, model, found)
     with run.stage("read text"):
         texts = windows.read(recipe, loaded.tokenizer, run.warnings)
         if texts.held_out is not None:
@@ -161,6 +162,13 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     before = _sizes(model, found, output_dtype(recipe, loaded.stored))
     decomposed = Decomposed(parts, narrowable, attentions, blocks)
     return Prepared(loaded, found, decomposed, before, texts, dense, calibrated, run)
+
+
+def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
+    """Return the attentions whose heads may be made narrower one by one, each verified."""
+    if recipe.stock or not recipe.resolved_method().narrows:
+        return []
+    return heads.found(model, dimensions.find(model, found))
 
 
 def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Dimension]:

@@ -91,8 +91,8 @@ def test_a_dropped_pair_costs_what_zero_rows_cost(interleaved: bool) -> None:
 # Norms of queries and keys, or positions that rotate a part of a head, rule pairs out (stablelm
 # rotates two rows alone).
 EXPECTED = {
-    "llama": False, "llama-bias-untied": False, "mistral": False, "qwen2": False, "gemma2": False, "opt": False,
-    "stablelm": True, "qwen3": None, "gemma3": None, "phi": None, "olmo2": None,
+    "llama": False, "llama-bias-untied": False, "mistral": False, "qwen2": False, "gemma2": False,
+    "opt": False, "stablelm": True, "qwen3": None, "gemma3": None, "phi": None, "olmo2": None,
 }  # fmt: skip
 
 

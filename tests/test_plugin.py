@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import eckart
 from eckart import StoreError, hub, models, plugin
+from eckart.factors import NarrowLinear
 
 from . import tiny
 from .conftest import Compress, logits, reload
 
-GOLDEN = Path(__file__).parent / "golden" / "format-1"
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -165,9 +166,11 @@ def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
         plugin.read_shapes(tmp_path / "model.safetensors")
 
 
-def test_the_golden_folder_of_format_1_still_loads() -> None:
-    expected = load_file(GOLDEN / "expected" / "logits.safetensors")
-    found = logits(reload(GOLDEN, dtype=torch.float32), expected["tokens"])
+@pytest.mark.parametrize("format", plugin.READS)
+def test_the_golden_folders_of_all_formats_still_load(format: int) -> None:
+    folder = GOLDEN / f"format-{format}"
+    expected = load_file(folder / "expected" / "logits.safetensors")
+    found = logits(reload(folder, dtype=torch.float32), expected["tokens"])
     assert torch.allclose(found, expected["logits"], atol=1e-4 * float(found.abs().max()))
 
 
@@ -182,3 +185,160 @@ def test_accounted_bytes_are_file_bytes(compress: Compress, tmp_path: Path) -> N
     dense.save_pretrained(tmp_path / "dense")
     tensors = models.state_tensors(tiny.build("llama"))
     assert hub.accounted_bytes(tensors, torch.bfloat16) == hub.weight_bytes(tmp_path / "dense")
+
+
+# narrow linears
+
+
+@pytest.fixture(scope="module")
+def narrow_folder(
+    tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, tokenizer: Any, text_file: Path
+) -> Path:
+    """A tiny Llama with other widths in every block, saved."""
+    options: dict[str, Any] = {"text": text_file, "tokens": 1024, "gradient_tokens": 512, "seq_len": 64}
+    model, result = eckart.compress(
+        llama_folder, form="width", keep=0.75, of="linears", exclude=["self_attn.*"], **options
+    )
+    out = tmp_path_factory.mktemp("models") / "narrow"
+    widths = {row.rank for row in result.modules if row.form == "narrow"}
+    assert len(widths) > 1, "one width for all would be a stock model"
+    return eckart.save(model, tokenizer, out, result)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias-untied", "gpt-neox", "phi3", "gemma2"])
+def test_narrow_linears_load_bit_equal_in_every_dtype(
+    name: str, dtype: str, compress: Compress, tmp_path: Path, tokenizer: Any
+) -> None:
+    model, result = compress(tiny.build(name), form="width", keep=0.75, of="linears", dtype=dtype)
+    before = logits(model, tiny.tokens())
+    eckart.save(model, tokenizer, tmp_path / "a", result)
+    for again in (reload(tmp_path / "a"), eckart.load(tmp_path / "a")):
+        assert again.dtype is hub.dtype(dtype)
+        assert torch.equal(logits(again, tiny.tokens()), before)
+        assert models.parameter_count(again) == result.after.model
+
+
+@pytest.mark.parametrize("name", list(tiny.ARCHITECTURES))
+def test_narrow_linears_densify_to_the_same_function(name: str, compress: Compress, tmp_path: Path) -> None:
+    dense = tiny.build(name)
+    shapes = {key: tuple(tensor.shape) for key, tensor in dense.state_dict().items()}
+    whole = logits(dense, tiny.tokens())
+    model, _ = compress(dense, form="width", keep=0.75, of="linears")
+    assert any(isinstance(module, NarrowLinear) for module in model.modules())
+    before = logits(model, tiny.tokens())
+    again = eckart.densify(model)
+    assert not models.low_rank_modules(again)
+    assert {key: tuple(tensor.shape) for key, tensor in again.state_dict().items()} == shapes
+    tolerance = 1e-5 * float(before.abs().max())
+    assert torch.allclose(logits(again, tiny.tokens()), before, atol=tolerance)
+    assert not torch.allclose(whole, before, atol=tolerance)
+    again.save_pretrained(tmp_path)
+    assert "eckart" not in (tmp_path / "config.json").read_text()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(plain, tiny.tokens()), logits(again, tiny.tokens()))
+
+
+def test_a_narrow_model_saves_again_byte_equal_and_generates(narrow_folder: Path, tmp_path: Path) -> None:
+    model = reload(narrow_folder)
+    model.save_pretrained(tmp_path)
+    first, second = (load_file(folder / "model.safetensors") for folder in (narrow_folder, tmp_path))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert torch.equal(logits(reload(tmp_path), tiny.tokens()), logits(model, tiny.tokens()))
+    assert model.generate(tiny.tokens(4), max_new_tokens=4, do_sample=False).shape == (2, 8)
+
+
+def test_without_eckart_a_narrow_model_does_not_load(narrow_folder: Path, tmp_path: Path) -> None:
+    reload(narrow_folder).save_pretrained(tmp_path)
+    code = (
+        "import sys; sys.modules['eckart'] = None\n"
+        "import transformers\n"
+        "for folder, options in ((sys.argv[1], {}), (sys.argv[1], {'attn_implementation': 'eager'}),\n"
+        "                        (sys.argv[2], {}), (sys.argv[2], {'attn_implementation': 'eager'})):\n"
+        "    try:\n"
+        "        transformers.AutoModelForCausalLM.from_pretrained(folder, **options)\n"
+        "        print('LOADED', folder, options)\n"
+        "    except Exception as error:\n"
+        "        print('STOPPED', type(error).__name__, 'eckart' in str(error))\n"
+    )
+    command = [sys.executable, "-c", code, str(narrow_folder), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["STOPPED"] * 4
+    assert [line.split()[2] for line in lines[:3]] == ["True"] * 3
+    assert "MISMATCH" in run.stderr
+
+
+NARROW = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"kind": "narrow", "rank": 4}, "the kind narrow, a shape"),
+        ({"kind": "narrow", "shape": [8, 32]}, "the kind narrow, a shape"),
+        ({"kind": "narrow", "shape": [8, 32], "copies": 0}, "a shape .* and copies"),
+        ({"kind": "narrow", "shape": [0, 32], "copies": 1}, "a shape .* and copies"),
+        ({"kind": "narrow", "shape": [8, -1], "copies": 1}, "a shape .* and copies"),
+        ({"kind": "narrow", "shape": [8, 3.5], "copies": 1}, "a shape .* and copies"),
+        ({"kind": "narrow", "shape": [8, 32], "copies": 1, "rank": 2}, "a shape .* and copies"),
+        (
+            {"kind": "narrow", "shape": [49, 32], "copies": 1},
+            "as 49 x 32 in 1 copies, and it is 48 x 32: the f",
+        ),
+        ({"kind": "narrow", "shape": [8, 33], "copies": 1}, "as 8 x 33 in 1 copies, and it is 48 x 32"),
+        ({"kind": "narrow", "shape": [8, 32], "copies": 3}, "as 8 x 32 in 3 copies, and it is 48 x 32"),
+        ({"kind": "narrow", "shape": [15, 32], "copies": 5}, "as 15 x 32 in 5 copies, and it is 48 x 32"),
+        ({"kind": "narrow", "shape": [1, 32], "copies": 1}, "should have shape .* damaged or mixed"),
+    ],
+)
+def test_a_wrong_narrow_declaration_is_refused(
+    spec: dict[str, Any], message: str, narrow_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(StoreError, match=message):
+        reload(_edit(narrow_folder, tmp_path, modules={NARROW: spec}))
+
+
+@pytest.mark.parametrize("shape", [8, [8], [8, 32, 1], [], None])
+def test_a_shape_that_is_no_pair_is_refused(shape: Any, narrow_folder: Path, tmp_path: Path) -> None:
+    spec = {"kind": "narrow", "shape": shape, "copies": 1}
+    with pytest.raises(StoreError, match="config.json declares"):
+        reload(_edit(narrow_folder, tmp_path, modules={NARROW: spec}))
+
+
+def test_narrow_declarations_say_what_is_there(narrow_folder: Path) -> None:
+    model = reload(narrow_folder)
+    declared = json.loads((narrow_folder / "config.json").read_text())["quantization_config"]["modules"]
+    assert declared == plugin.declare(model).modules
+    for name, spec in declared.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, NarrowLinear)
+        assert spec == {"kind": "narrow", "shape": list(module.weight.shape), "copies": 1}
+        assert module.whole in ((48, 32), (32, 48))
+    assert plugin.guard_tensors(model) == {}, "their own weights fit no stock model"
+
+
+def test_a_missing_narrow_tensor_is_refused(narrow_folder: Path, tmp_path: Path) -> None:
+    out = _edit(narrow_folder, tmp_path)
+    tensors = load_file(out / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("up_proj.weight"))
+    del tensors[name]
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StoreError, match=f"{name} should have shape .* and has no tensor"):
+        reload(out)
+
+
+def test_accounted_bytes_of_narrow_models_are_file_bytes(compress: Compress, tmp_path: Path) -> None:
+    for form in ("width", "mixed"):
+        out = tmp_path / form
+        model, result = compress(tiny.build("llama-bias-untied"), form=form, keep=0.6, of="linears")
+        eckart.save(model, None, out, result)
+        assert result.after.bytes == hub.weight_bytes(out)
+
+
+def test_accounted_bytes_know_the_names_on_disk(compress: Compress, tmp_path: Path) -> None:
+    model, result = compress(tiny.build("gpt-neox"), form="width", keep=0.75, of="linears")
+    eckart.save(model, None, tmp_path / "out", result)
+    assert result.after.bytes == hub.weight_bytes(tmp_path / "out")

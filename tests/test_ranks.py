@@ -1,6 +1,7 @@
 """Allocation against brute force, and the rules that need no budget."""
 
 from itertools import accumulate, pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,22 @@ from hypothesis import strategies as st
 from eckart.errors import ConfigError, RankError
 from eckart.factors import FORMS, Form, break_even, parameters
 from eckart.linalg import WeightedSVD
-from eckart.ranks import Curve, Energy, Fixed, Keep, allocate, by_energy, curve, hull, legal_ranks, uniform
+from eckart.ranks import (
+    Curve,
+    Energy,
+    Fixed,
+    Keep,
+    allocate,
+    by_energy,
+    curve,
+    either,
+    hull,
+    legal_ranks,
+    legal_widths,
+    together,
+    uniform,
+    width_curve,
+)
 
 FAST = settings(deadline=None, max_examples=30, derandomize=True)
 SIDES = st.integers(1, 16)
@@ -350,3 +366,165 @@ def test_a_fraction_outside_its_interval_is_refused(fraction: float) -> None:
         Energy(fraction)
     with pytest.raises(ConfigError, match=rf"keep {fraction}: must lie in \(0, 1\]"):
         Keep(fraction)
+
+
+# parts that are chosen together, and alternatives
+
+Tuples = Curve[tuple[Any, ...]]
+
+
+def as_tuples(name: str, found: Curve[int]) -> Tuples:
+    return Curve(tuple((name, option) for option in found.options), found.costs, found.losses)
+
+
+def tuples(curves: st.SearchStrategy[Curve[int]], least: int = 1) -> st.SearchStrategy[list[Tuples]]:
+    return st.lists(curves, min_size=least, max_size=3).map(
+        lambda found: [as_tuples(name, own) for name, own in zip("abc", found, strict=False)]
+    )
+
+
+def combinations(curves: list[Tuples]) -> dict[tuple[Any, ...], tuple[int, float]]:
+    """Every joint option with its cost and loss."""
+    rows = product(*(zip(own.options, own.costs, own.losses, strict=True) for own in curves))
+    return {
+        tuple(part for option, _, _ in row for part in option): (
+            sum(r[1] for r in row),
+            sum(r[2] for r in row),
+        )
+        for row in rows
+    }
+
+
+@given(curves=tuples(st.one_of(any_curve(), convex_curve())))
+@FAST
+def test_together_is_made_of_what_the_parts_may_become(curves: list[Tuples]) -> None:
+    joint, every = together(curves), combinations(curves)
+    for option, cost, loss in zip(joint.options, joint.costs, joint.losses, strict=True):
+        assert every[option] == (cost, loss)
+    assert joint.costs[0] == sum(own.costs[0] for own in curves)
+    assert joint.losses[-1] == sum(min(own.losses) for own in curves)
+    assert all(first < second for first, second in pairwise(joint.costs))
+    assert all(first > second for first, second in pairwise(joint.losses))
+
+
+@given(curves=tuples(st.one_of(any_curve(), convex_curve())))
+@FAST
+def test_together_is_the_sum_of_the_hulls(curves: list[Tuples]) -> None:
+    joint = together(curves)
+    slopes = [
+        (joint.losses[place + 1] - joint.losses[place]) / (joint.costs[place + 1] - joint.costs[place])
+        for place in range(len(joint.costs) - 1)
+    ]
+    expected = sorted(-slope for slope, _, _ in hull_steps({str(i): own for i, own in enumerate(curves)}))  # type: ignore[misc]
+    assert slopes == sorted(slopes)
+    assert sorted(slopes) == sorted(expected)
+
+
+@given(curves=tuples(st.one_of(any_curve(), convex_curve())))
+@settings(FAST, max_examples=100)
+def test_every_option_of_together_is_optimal_at_its_cost(curves: list[Tuples]) -> None:
+    joint, every = together(curves), combinations(curves).values()
+    for cost, loss in zip(joint.costs, joint.losses, strict=True):
+        assert loss == min(other for spent, other in every if spent <= cost)
+
+
+@given(data=st.data(), step=st.integers(1, 6))
+@FAST
+def test_together_leaves_no_cost_out_on_convex_curves_of_equal_steps(data: st.DataObject, step: int) -> None:
+    joint = together(curves := data.draw(tuples(convex_curve(step), 2)))
+    for spent, loss in combinations(curves).values():
+        fitting = [other for cost, other in zip(joint.costs, joint.losses, strict=True) if cost <= spent]
+        assert min(fitting) <= loss
+
+
+@given(curves=tuples(convex_curve(), 2))
+@FAST
+def test_no_joint_option_lies_below_together(curves: list[Tuples]) -> None:
+    joint = together(curves)
+    for cost, loss in combinations(curves).values():
+        for (c0, c1), (l0, l1) in zip(pairwise(joint.costs), pairwise(joint.losses), strict=True):
+            if c0 <= cost <= c1:
+                line = l0 + (l1 - l0) * (cost - c0) / (c1 - c0)
+                assert loss >= line - 1e-9
+
+
+def test_together_of_one_part_is_its_hull_and_of_none_costs_nothing() -> None:
+    bump = as_tuples("a", made([1, 2, 3, 4], [9, 8, 1, 0]))
+    assert together([bump]) == Curve((("a", 1), ("a", 3), ("a", 4)), (1, 3, 4), (9.0, 1.0, 0.0))
+    assert together([]) == Curve(((),), (0,), (0,))
+
+
+def test_together_keeps_the_order_of_the_parts() -> None:
+    parts = [as_tuples("b", made([1, 2], [9, 0])), as_tuples("a", made([5, 6], [1, 0]))]
+    assert together(parts).options == (("b", 1, "a", 1), ("b", 2, "a", 1), ("b", 2, "a", 2))
+
+
+@given(curves=tuples(any_curve()))
+@FAST
+def test_either_keeps_exactly_what_no_other_beats(curves: list[Tuples]) -> None:
+    found = either(curves)
+    rows = [
+        (option, cost, loss)
+        for own in curves
+        for option, cost, loss in zip(own.options, own.costs, own.losses, strict=True)
+    ]
+    kept = list(zip(found.options, found.costs, found.losses, strict=True))
+    assert all(row in rows for row in kept)
+    assert all(first < second for first, second in pairwise(found.costs))
+    assert all(first > second for first, second in pairwise(found.losses))
+    for _, cost, loss in rows:
+        assert any(own <= cost and other <= loss for _, own, other in kept)
+    for option, cost, loss in kept:
+        beaten = [
+            row for row in rows if row[1] <= cost and row[2] <= loss and (row[1] < cost or row[2] < loss)
+        ]
+        assert not beaten, option
+    assert len(kept) <= len(rows)
+
+
+def test_either_drops_what_is_beaten() -> None:
+    first, second = as_tuples("a", made([2, 4, 6], [5, 3, 0])), as_tuples("b", made([3, 4, 6], [4, 4, 0]))
+    assert either([first, second]) == Curve(
+        (("a", 1), ("b", 1), ("a", 2), ("a", 3)), (2, 3, 4, 6), (5.0, 4.0, 3.0, 0.0)
+    )
+    assert either([first]) == first
+
+
+@given(curves=tuples(any_curve(), 2), others=tuples(any_curve()), beyond=st.integers(0, 60))
+@FAST
+def test_more_alternatives_never_hurt(curves: list[Tuples], others: list[Tuples], beyond: int) -> None:
+    fewer, more = either(curves[:1]), either(curves)
+    budget = min(fewer.costs) + beyond
+
+    def best(found: Tuples) -> float:
+        return min(loss for cost, loss in zip(found.costs, found.losses, strict=True) if cost <= budget)
+
+    assert best(more) <= best(fewer)
+
+
+# widths
+
+
+@given(units=st.integers(1, 40), multiple=MULTIPLES, rows=st.integers(1, 9))
+@FAST
+def test_a_width_curve_ends_in_full_width(units: int, multiple: int, rows: int) -> None:
+    tail = torch.arange(units, -1, -1, dtype=torch.float64)
+    found = width_curve(rows * units, tail, multiple=multiple, unit=0.5)
+    legal = [width for width in range(1, units) if width % multiple == 0]
+    assert legal_widths(units, multiple) == legal
+    assert found.options == (*legal, units)
+    assert found.costs == tuple(rows * width for width in found.options)
+    assert found.losses == (*(0.5 * (units - width) for width in legal), 0.0)
+
+
+@pytest.mark.parametrize(("units", "multiple"), [(1, 1), (48, 48), (48, 64), (7, 32)])
+def test_a_multiple_as_large_as_the_width_leaves_full_width(units: int, multiple: int) -> None:
+    assert legal_widths(units, multiple) == []
+    found = width_curve(3 * units, torch.arange(units, -1, -1.0), multiple=multiple)
+    assert found == Curve((units,), (3 * units,), (0.0,))
+
+
+@pytest.mark.parametrize("multiple", [0, -8])
+def test_a_multiple_of_widths_below_one_is_refused(multiple: int) -> None:
+    with pytest.raises(ConfigError, match=f"multiple {multiple}: must be at least 1"):
+        legal_widths(48, multiple)

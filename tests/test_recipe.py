@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from eckart import ConfigError, Override, RankError, Recipe, recipe
-from eckart.methods import METHODS
+from eckart.methods import METHODS, SHAPES
 from eckart.ranks import Energy, Fixed, Keep
 
 TEXT = ("t.txt",)
@@ -107,3 +107,98 @@ def test_budgets_become_rules_and_fixed_ranks_are_uniform() -> None:
 def test_every_preset_is_a_recipe() -> None:
     for name in METHODS:
         assert Recipe(keep=0.5, method=name, text=TEXT).resolved_method() == METHODS[name]
+
+
+# widths, stock and depth
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"stock": True, "form": "pivoted"},
+            "stock is a matter of widths alone: form 'pivoted' needs eckart",
+        ),
+        ({"stock": True, "form": "factored"}, "form 'factored' needs eckart to load"),
+        ({"stock": True, "form": "mixed"}, "form 'mixed' needs eckart to load"),
+        (
+            {"rank": 4, "form": "width"},
+            "rank is a rule for ranks: give keep or size with stock, depth or wid",
+        ),
+        ({"rank": 4, "form": "mixed"}, "rank is a rule for ranks"),
+        ({"rank": 4, "stock": True}, "rank is a rule for ranks"),
+        ({"rank": 4, "depth": True}, "rank is a rule for ranks"),
+        ({"energy": 0.9, "form": "width"}, "energy is a rule for ranks: give keep or size"),
+        ({"energy": 0.9, "form": "mixed"}, "energy is a rule for ranks"),
+        ({"energy": 0.9, "stock": True}, "energy is a rule for ranks"),
+        ({"energy": 0.9, "depth": True}, "energy is a rule for ranks"),
+        ({"depth": True, "method": "svd"}, "allocation 'uniform' does not; use method eckart"),
+        (
+            {"depth": True, "allocation": "uniform"},
+            "depth weighs blocks against ranks and widths by the loss",
+        ),
+        ({"depth": True, "stock": True, "method": "pifa"}, "depth weighs blocks against ranks and widths"),
+        ({"landmarks": "luck"}, "landmarks 'luck': legal are curvature, leverage, energy"),
+        ({"form": "narrow"}, "form 'narrow': legal are factored, pivoted, width, mixed"),
+        ({"multiple": 0}, "multiple 0: must be a whole number of at least 1"),
+        ({"multiple": 1.5}, "multiple 1.5: must be a whole number of at least 1"),
+        ({"multiple": "32"}, "multiple '32': must be a whole number"),
+        ({"stok": True}, "unknown key 'stok': did you mean 'stock'"),
+        ({"dept": True}, "unknown key 'dept': did you mean 'depth'"),
+        ({"landmark": "energy"}, "unknown key 'landmark': did you mean 'landmarks'"),
+    ],
+)
+def test_what_does_not_go_with_widths_is_refused(values: dict[str, Any], message: str) -> None:
+    budget = {} if {"rank", "energy"} & set(values) else {"keep": 0.5}
+    with pytest.raises(ConfigError, match=message):
+        recipe.from_mapping({"text": TEXT} | budget | values)
+
+
+@pytest.mark.parametrize("values", [{"stock": "no"}, {"depth": "false"}, {"stock": 2}, {"depth": None}])
+def test_true_or_false_is_nothing_else(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="must be true or false"):
+        recipe.from_mapping({"keep": 0.5, "text": TEXT} | values)
+
+
+def test_true_is_no_multiple() -> None:
+    with pytest.raises(ConfigError, match="multiple True: must be a whole number"):
+        Recipe(keep=0.5, multiple=True)
+
+
+def test_forms_follow_from_stock_and_allocation() -> None:
+    def form(**values: Any) -> str:
+        return Recipe(**{"keep": 0.5} | values).resolved_method().form
+
+    assert form() == "mixed"
+    assert form(stock=True) == form(stock=True, form="width") == form(stock=True, method="svd") == "width"
+    assert form(form="width") == "width"
+    assert form(method="svd", form="mixed") == "mixed"
+    # Without losses to weigh there is nothing to mix by, unless it is asked for.
+    assert form(allocation="uniform") == form(keep=None, rank=4) == form(keep=None, energy=0.5) == "pivoted"
+    assert form(allocation="uniform", form="mixed") == "mixed"
+    assert form(depth=True) == "mixed"
+    assert form(depth=True, form="factored") == "factored"
+
+
+def test_steps() -> None:
+    assert Recipe(keep=0.5).step() == Recipe(keep=0.5, form="width").step() == 1
+    assert Recipe(keep=0.5, stock=True).step() == 32
+    assert Recipe(keep=0.5, stock=True, multiple=1).step() == 1
+    assert Recipe(keep=0.5, stock=True, multiple=64).step() == Recipe(keep=0.5, multiple=64).step() == 64
+
+
+def test_what_gets_ranks_and_what_gets_narrower() -> None:
+    low_rank = {form: Recipe(keep=0.5, form=form).resolved_method().low_rank for form in SHAPES}
+    assert low_rank == {"factored": "factored", "pivoted": "pivoted", "width": None, "mixed": "pivoted"}
+    narrows = {form for form in SHAPES if Recipe(keep=0.5, form=form).resolved_method().narrows}
+    assert narrows == {"width", "mixed"}
+    assert Recipe(keep=0.5, landmarks="energy").landmarks == "energy"
+    assert Recipe(keep=0.5, form="width", method="svd").resolved_method().needs_text is False
+
+
+def test_yaml_keeps_stock_depth_and_landmarks(tmp_path: Path) -> None:
+    made = Recipe(keep=0.7, stock=True, depth=True, landmarks="leverage", multiple=64, text=TEXT)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml(made))
+    assert recipe.from_mapping(recipe.read_yaml(path)) == made
+    assert recipe.from_mapping(recipe.override(recipe.read_yaml(path), {"depth": False})).depth is False

@@ -58,7 +58,8 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
 
 def _rounded(module: nn.Module, own: Tensor, dtype: torch.dtype) -> nn.Module:
     # float64 to the output dtype at once: by way of the dtype computed in, it would be rounded twice.
-    return module.to(dtype).to(own.dtype).to(own.device)
+    kind, place = own.dtype, own.device  # `own` may be a parameter of `module`, which is cast in place
+    return module.to(dtype).to(kind).to(place)
 
 
 def _low_rank(model: nn.Module, svd: WeightedSVD, choice: Choice, dtype: torch.dtype) -> dict[str, nn.Module]:

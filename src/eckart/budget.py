@@ -152,8 +152,8 @@ def choose(
         losses: per name of a target (a dimension) the estimated loss of every rank (width). None (a dry run)
             gives the ranks of uniform allocation wherever spectra would decide.
         heads: of those dimensions, what may be made narrower head by head.
-        exchange: what the estimates of low-rank MLP matrices are multiplied by, to be compared with those
-            of widths.
+        exchange: what the estimates of low-rank MLP matrices are multiplied by to be compared with those
+            of widths; below 1, those of widths are divided by it.
         blocks: what it costs to leave out each of these blocks.
 
     Raises:
@@ -165,7 +165,7 @@ def choose(
         own, rule = _fixed(recipe, target)
         if own or budget.parameters is None:
             rule = rule if own else recipe.rule()
-            known = losses[target.name] if losses is not None else None
+            known = (losses or {}).get(target.name)
             decided[target.name] = _apply(rule, method.low_rank, target, step, known)
     free = [target for target in targets if target.name not in decided]
     names = {target.name for target in free}
@@ -175,7 +175,13 @@ def choose(
         if method.allocation == "curvature" and losses is not None:
             own_heads = {found.name: found for found in heads}
             menus = _menus(recipe, free, open_ones, own_heads, losses, exchange)
-            menus = _with_blocks(menus, blocks or {})
+            fixed = [f"{name}." for name in decided]
+            open_blocks = {
+                block: lost
+                for block, lost in (blocks or {}).items()
+                if not any(name.startswith(f"{block}.") for name in fixed)
+            }
+            menus = _with_blocks(menus, open_blocks)
             found = _allocated(menus, budget, budget.parameters - spent)
         else:
             found = _uniformly(recipe, free, open_ones, budget.parameters - spent)
@@ -250,10 +256,12 @@ def _menus(
         if not set(members) <= set(left):
             continue
         targets = [left[member] for member in members]
-        alone = by_itself(members, exchange if dimension is not None and dimension.kind == "mlp" else 1.0)
+        mlp = dimension is not None and dimension.kind == "mlp"
+        alone = by_itself(members, max(exchange, 1.0) if mlp else 1.0)
         inside = together(list(alone.values())) if own is None else _by_heads(own, alone, losses)
         if dimension is not None:
-            inside = either([_narrowed(targets, dimension, losses[name], step), inside])
+            lost = losses[name] / min(exchange, 1.0) if mlp else losses[name]
+            inside = either([_narrowed(targets, dimension, lost, step), inside])
         menus.append(inside)
     return [*menus, *by_itself(list(left), 1.0).values()]
 

@@ -130,7 +130,8 @@ def compress(
     eval_text: EvalSources = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="svd, fwsvd, asvd, svd-llm, io-svd, pifa or eckart (default).")
+        str | None,
+        typer.Option(help="svd, fwsvd, asvd, svd-llm, io-svd, pifa, nystrom-mlp, eckart (default)."),
     ] = None,
     form: Annotated[
         str | None, typer.Option(help="factored, pivoted, width or mixed; default: the method's.")
@@ -143,7 +144,7 @@ def compress(
         bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")
     ] = None,
     landmarks: Annotated[
-        str | None, typer.Option(help="Channels to keep: by curvature (default), leverage or energy.")
+        str | None, typer.Option(help="Channels to keep: by curvature, leverage or energy.")
     ] = None,
     allocation: Annotated[
         str | None, typer.Option(help="uniform or curvature; default: the method's.")

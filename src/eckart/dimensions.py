@@ -4,6 +4,7 @@ A dimension is written by some linears of a module and read by the last one: the
 the key-value groups of an attention. No name of a model or of a matrix is looked at.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from .factors import NarrowLinear
 from .models import Target
 
 Kind = Literal["mlp", "attention"]
-_SAME = 0.1
+_SAME = 0.02
 _EFFECT = 1e-6
 
 
@@ -48,10 +49,12 @@ def find(model: nn.Module, targets: Sequence[Target]) -> list[Dimension]:
     `holds` tells whether one of them is what its shapes suggest.
     """
     groups: dict[str, list[Target]] = {}
+    siblings = Counter(name.rpartition(".")[0] for name in models.linear_names(model))
     for target in targets:
         if not target.embedding:
             groups.setdefault(target.name.rpartition(".")[0], []).append(target)
-    found = [_mlp(name, group) or _attention(model, name, group) for name, group in groups.items()]
+    whole = {name: group for name, group in groups.items() if len(group) == siblings[name]}
+    found = [_mlp(name, group) or _attention(model, name, group) for name, group in whole.items()]
     return [dimension for dimension in found if dimension is not None]
 
 
@@ -134,7 +137,10 @@ def holds(model: Any, dimension: Dimension) -> bool:
     """Tell whether leaving out every other unit equals zeroing the columns that read it."""
     ids = models.probe(model)
     reader = models.find(model, dimension.reader)
-    kept = torch.arange(0, dimension.units, 2, device=reader.weight.device)
+    writer = models.find(model, dimension.writers[0][0])
+    copies = dimension.writers[0][1]
+    sizes = writer.weight.detach().float().square().sum(1).view(copies, dimension.units, -1).sum((0, 2))
+    kept = sizes.argsort(descending=True)[: (dimension.units + 1) // 2].sort().values
     masked = nn.Linear(reader.in_features, reader.out_features, reader.bias is not None, "meta")
     columns = indices(reader.in_features, dimension.units, 1, kept)
     weight = torch.zeros_like(reader.weight)

@@ -131,7 +131,7 @@ def factor_block(
             parts[target.name] = Part(weighted_svd(weight, *metrics), unit)
         if target.name in readers:
             dimension = readers[target.name]
-            order = width.ORDERS[recipe.landmarks](weight, *metrics, dimension.units)
+            order = width.ORDERS[method.landmarks](weight, *metrics, dimension.units)
             parts[dimension.name] = Part(width.narrow(weight, *metrics, order), unit)
         if target.name in outputs:
             parts[outputs[target.name].values] = Part(

@@ -117,12 +117,28 @@ def perplexity(model: Any, windows: Tensor, progress: Progress | None = None) ->
     Raises:
         NotFinite: a logit is NaN or infinite.
     """
+    return _summary(model, window_losses(model, windows, progress), windows.shape[1])
+
+
+@torch.no_grad()
+def window_losses(model: Any, windows: Tensor, progress: Progress | None = None) -> Tensor:
+    """Return the mean loss of each of `windows` (k, seq_len): (k,), float64, on the CPU.
+
+    Raises:
+        NotFinite: a logit is NaN or infinite.
+    """
     losses = []
     for done, window in enumerate(windows.to(model.device), 1):
         losses.append(functional.cross_entropy(logits(model, window), window[1:]).double().cpu())
         if progress:
             progress(done, len(windows))
-    return _summary(model, torch.stack(losses), windows.shape[1])
+    return torch.stack(losses)
+
+
+def lower(losses: Tensor, others: Tensor) -> bool:
+    """Tell whether `losses` (k,) are below `others` by more than the standard error of the difference."""
+    difference = others - losses
+    return float(difference.mean()) > (_spread(difference) or 0.0)
 
 
 @torch.no_grad()

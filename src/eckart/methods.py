@@ -9,6 +9,7 @@ from .errors import ConfigError
 from .factors import FORMS, Form
 from .linalg import Metric
 from .stats import Moment, Statistic, Stats
+from .width import Landmarks
 
 InputMetric = Literal["identity", "fisher", "absolute", "gram"]
 OutputMetric = Literal["identity", "gradient"]
@@ -34,6 +35,7 @@ class Method:
     form: how the map is stored and run. `factored` and `pivoted`: each matrix at a rank of its own;
         `width`: hidden dimensions made narrower, other matrices as they are; `mixed`: each module
         by width or pivoted, whichever the allocation takes, and the other matrices pivoted.
+    landmarks: how the units to keep of a hidden dimension are chosen.
     """
 
     inputs: InputMetric
@@ -41,6 +43,7 @@ class Method:
     allocation: Allocation
     form: Shape
     source: str
+    landmarks: Landmarks = "curvature"
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics that the two metrics are made of."""
@@ -72,6 +75,9 @@ METHODS: dict[str, Method] = {
     "svd-llm": Method("gram", "identity", "uniform", "factored", "Wang et al. 2024, arXiv:2403.07378"),
     "io-svd": Method("gram", "gradient", "uniform", "factored", "IO-SVD 2026, arXiv:2605.15626"),
     "pifa": Method("gram", "identity", "uniform", "pivoted", "Zhao et al. 2025, arXiv:2501.19090"),
+    "nystrom-mlp": Method(
+        "gram", "identity", "uniform", "width", "Lin et al. 2024, arXiv:2408.09632, the MLPs", "leverage"
+    ),
     "eckart": Method("gram", "gradient", "curvature", "mixed", "this package, docs in README"),
 }
 DEFAULT = "eckart"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from . import (
     assemble,
@@ -73,7 +74,8 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
     limit = _limit(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
     choices = selection.unseen(recipe, limit, model, found, dimensions.find(model, found))
-    return Plan(recipe, choices, models.parameter_count(model), not decided_by_spectra)
+    exact = not decided_by_spectra and not recipe.stock
+    return Plan(recipe, choices, models.parameter_count(model), exact)
 
 
 def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
@@ -155,7 +157,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     blocks: dict[str, float] = {}
     if recipe.depth and texts.trial is not None:
         with run.stage("try blocks") as progress:
-            blocks = rebuild.block_losses(model, texts.trial[:_DEPTH_WINDOWS], progress)
+            blocks = rebuild.block_losses(model, found, texts.trial[:_DEPTH_WINDOWS], progress)
     with run.stage("factor") as progress:
         parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress)
         run.warnings.extend(lacking)
@@ -166,7 +168,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
 
 def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
     """Return the attentions whose heads may be made narrower one by one, each verified."""
-    if recipe.stock or not recipe.resolved_method().narrows:
+    if recipe.stock or recipe.resolved_method().form != "width":
         return []
     return heads.found(model, dimensions.find(model, found))
 
@@ -296,7 +298,9 @@ def _weights(module: nn.Module) -> int:
 
 
 def _written(model: Any) -> dict[str, Tensor]:
-    return models.state_tensors(model) | plugin.guard_tensors(model)
+    # Some architectures are stored under other names than they have in memory.
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, models.state_tensors(model))
+    return tensors | plugin.guard_tensors(model)
 
 
 def load_for(recipe: Recipe) -> hub.Loaded:

@@ -90,7 +90,9 @@ def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
     if not _LEGAL_NAME.fullmatch(name):
         raise StoreError(f"config.json declares a module {name!r}: not a dotted module name")
     if spec.get("kind") == NarrowLinear.kind:
-        numbers, wanted = [*spec.get("shape", ()), spec.get("copies")], {"kind", "shape", "copies"}
+        shape = spec.get("shape")
+        pair = shape if isinstance(shape, list | tuple) and len(shape) == 2 else [None]
+        numbers, wanted = [*pair, spec.get("copies")], {"kind", "shape", "copies"}
     elif spec.get("kind") == PartialLinear.kind:
         numbers, wanted = [spec.get("kept")], {"kind", "kept", "side"}
     else:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -15,6 +16,12 @@ from .errors import ModelError
 from .models import Target
 
 _SAME = 1e-2
+# What a class may raise for numbers that it cannot be made of.
+_REFUSALS = (
+    ValueError, RuntimeError, TypeError, ArithmeticError, AssertionError, AttributeError, LookupError,
+    StrictDataclassError,
+)  # fmt: skip
+_LEAST_LOSS = 1e-6
 
 
 def names_without(model: nn.Module, dropped: Sequence[str]) -> dict[str, str]:
@@ -47,7 +54,8 @@ def shallower(model: Any, dropped: Sequence[str]) -> Any:
     if not dropped:
         return config
     for key, value in vars(inner).items():
-        if isinstance(value, list) and len(value) == len(names):
+        ids = key.endswith(("_id", "_ids")) or key == "architectures"
+        if isinstance(value, list) and len(value) == len(names) and not ids:
             setattr(inner, key, [value[place] for place in kept])
     inner.num_hidden_layers = len(kept)
     return config
@@ -56,9 +64,12 @@ def shallower(model: Any, dropped: Sequence[str]) -> Any:
 def fits(kind: type[Any], config: Any, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Tell whether a model of class `kind` made from `config` has tensors of these `shapes`."""
     try:
+        copied = copy.deepcopy(config)
+        if hasattr(copied, "validate"):
+            copied.validate()
         with torch.device("meta"):
-            skeleton = kind(copy.deepcopy(config))
-    except (ValueError, RuntimeError, TypeError, ZeroDivisionError):  # numbers that its code refuses
+            skeleton = kind(copied)
+    except _REFUSALS:
         return False
     return {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()} == dict(shapes)
 
@@ -142,17 +153,31 @@ def without_blocks(model: Any, dropped: Sequence[str]) -> Any:
     return build(model, config, dropped)
 
 
-def block_losses(model: Any, rows: Tensor, progress: Callable[[int, int], None]) -> dict[str, float]:
+def block_losses(
+    model: Any, targets: Sequence[Target], rows: Tensor, progress: Callable[[int, int], None]
+) -> dict[str, float]:
     """Return what the loss per token on the windows `rows` gains when each block is left out alone.
 
-    The costliest is not among them: one block has to stay.
+    The costliest block is not among them, since one has to stay, nor those that `targets` does not hold
+    whole. None costs nothing, or it would be left out at any budget.
     """
     names = models.block_names(model)
     whole = measure.perplexity(model, rows).loss
     losses = {}
     for done, name in enumerate(names, 1):
         with skipped(model, [name]):
-            losses[name] = max(measure.perplexity(model, rows).loss - whole, 0.0)
+            losses[name] = max(measure.perplexity(model, rows).loss - whole, _LEAST_LOSS)
         progress(done, len(names))
-    del losses[max(names, key=lambda name: losses[name])]
-    return losses
+    costliest = max(names, key=lambda name: losses[name])
+    return {name: losses[name] for name in whole_blocks(model, targets) if name != costliest}
+
+
+def whole_blocks(model: nn.Module, targets: Sequence[Target]) -> list[str]:
+    """Return the blocks of which every linear is among `targets`: those that may be left out."""
+    chosen = {target.name for target in targets}
+    linears = models.linear_names(model)
+    return [
+        block
+        for block in models.block_names(model)
+        if all(name in chosen for name in linears if name.startswith(f"{block}."))
+    ]

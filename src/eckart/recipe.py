@@ -29,6 +29,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "method": tuple(methods.METHODS),
     "dtype": ("float32", "bfloat16", "float16"),
 }
+_SWITCHES = ("stock", "depth", "bos", "trust_remote_code")
 _NUMBERS = ("keep", "energy", "damp", "alpha")
 _AT_LEAST = {"multiple": 1, "tokens": 2, "gradient_tokens": 2, "seq_len": 2, "eval_tokens": 2, "rank": 1}
 
@@ -88,7 +89,7 @@ class Recipe:
         stock: by width alone and the same in every layer, so that the result is an ordinary model of the
             same architecture, which needs no eckart.
         depth: whole blocks may be left out.
-        landmarks: how the units to keep of a hidden dimension are chosen.
+        landmarks: how the units to keep of a hidden dimension are chosen; default: the method's.
         text: sources to calibrate on (eckart.text.read).
         eval_text: sources to measure on; default: the last 5 % of each of `text`, left out above.
         include: globs on module names that replace the default choice of matrices.
@@ -124,7 +125,7 @@ class Recipe:
     form: Shape | None = None
     stock: bool = False
     depth: bool = False
-    landmarks: Landmarks = "curvature"
+    landmarks: Landmarks | None = None
     text: tuple[str, ...] = ()
     eval_text: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -149,11 +150,14 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and value not in legal:
                 raise ConfigError(f"{name} {value!r}: legal are {', '.join(legal)}")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} {getattr(self, name)!r}: must be true or false")
         for name in _NUMBERS:
             _check_number(name, getattr(self, name))
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ConfigError(f"{name} {value!r}: must be a whole number of at least {least}")
         if self.damp < 0:
             raise ConfigError(f"damp {self.damp}: must be >= 0")
@@ -175,8 +179,13 @@ class Recipe:
         method = self.resolved_method()
         if self.stock and self.form not in (None, "width"):
             raise ConfigError(f"stock is a matter of widths alone: form {self.form!r} needs eckart to load")
+        if self.stock and self.overrides:
+            raise ConfigError("stock has one width for all blocks: leave out overrides, or --stock")
+        if self.form == "width" and not all(rule.dense for rule in self.overrides):
+            raise ConfigError("form 'width' gives no matrix a rank: overrides can only say dense")
         ranked = [name for name in ("rank", "energy") if getattr(self, name) is not None]
-        if ranked and (self.stock or self.depth or self.form in ("width", "mixed")):
+        widths = self.form in ("width", "mixed") or method.low_rank is None
+        if ranked and (self.stock or self.depth or widths):
             raise ConfigError(
                 f"{ranked[0]} is a rule for ranks: give keep or size with stock, depth or widths"
             )
@@ -215,7 +224,8 @@ class Recipe:
         form = self.form or ("width" if self.stock else preset.form)
         if form == "mixed" and allocation == "uniform" and self.form is None:
             form = "pivoted"
-        return Method(preset.inputs, preset.outputs, allocation, form, preset.source)
+        landmarks = self.landmarks or preset.landmarks
+        return Method(preset.inputs, preset.outputs, allocation, form, preset.source, landmarks)
 
     def step(self) -> int:
         """Return what ranks and widths are multiples of."""

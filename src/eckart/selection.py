@@ -1,13 +1,13 @@
 """Which choices a recipe leads to: from estimates, and between forms by what windows of text say."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import assemble, budget, dimensions, measure, models, rebuild, stock
+from . import assemble, budget, dimensions, measure, rebuild, stock
 from .budget import Choice
 from .dimensions import Dimension
 from .errors import RankError
@@ -15,8 +15,11 @@ from .factorize import Decomposed
 from .models import Target
 from .recipe import Recipe
 
-EXCHANGE_RATES = (0.5, 1.0, 1.5, 2.25, 1e3)
-"""What estimates of low-rank MLP matrices are multiplied by, to be compared with those of widths."""
+EXCHANGE_RATES = (1e-3, 1.0, 1.5, 1e3)
+"""What estimates of low-rank MLP matrices are multiplied by, to be compared with those of widths.
+
+The first and the last take one form alone.
+"""
 
 
 def unseen(
@@ -32,7 +35,7 @@ def unseen(
         RankError: the budget cannot be reached.
         ModelError: the model cannot be made narrower in a way that its config can say (stock).
     """
-    blocks = dict.fromkeys(models.block_names(model)[1:], 1.0) if recipe.depth else {}
+    blocks = dict.fromkeys(rebuild.whole_blocks(model, found)[1:], 1.0) if recipe.depth else {}
     if recipe.stock:
         return stock.choose(recipe, limit, model, found, suspected, blocks=blocks)
     try:
@@ -63,9 +66,9 @@ def choose(
 ) -> list[Choice]:
     """Return the choices; between low rank and width, by what the windows `trial` say of either.
 
-    Estimates are of second order and per matrix. At equal estimates, MLPs at low rank lose more than
-    narrow ones, by a factor that depends on the budget: several exchange rates are tried, and the one
-    of the least loss is taken.
+    Estimates are of second order and per matrix. At equal estimates, which of the two loses less depends
+    on the budget: exchange rates are tried from low rank alone upwards, as long as the next one is
+    better by more than the standard error.
 
     Raises:
         RankError: the budget cannot be reached.
@@ -84,36 +87,23 @@ def choose(
     alternatives = method.form == "mixed" and any(other.kind == "mlp" for other in found.dimensions)
     if not alternatives or method.allocation != "curvature" or trial is None:
         return at(1.0)
-    tried: list[tuple[float, list[Choice]]] = []
-
-    def loss(place: int) -> float:
-        choices = at(EXCHANGE_RATES[place])
-        known = next((value for value, other in tried if other == choices), None)
-        tried.append((_trial_loss(model, found, choices, trial) if known is None else known, choices))
-        progress(len(tried), len(EXCHANGE_RATES))
-        return tried[-1][0]
-
-    _downhill(loss, len(EXCHANGE_RATES))
-    return min(tried, key=lambda pair: pair[0])[1]
-
-
-def _downhill(loss: Callable[[int], float], count: int) -> None:
-    """Call `loss` on neighbours of 0 .. count - 1 from the second on, as long as it falls."""
-    place, best = 1, loss(1)
-    step = 1
-    while 0 <= place + step < count:
-        value = loss(place + step)
-        if value < best:
-            place, best = place + step, value
-        elif step == 1 and place == 1:
-            step = -1
-        else:
-            return
+    best = at(EXCHANGE_RATES[0])
+    least = _trial_losses(model, found, best, trial)
+    for done, rate in enumerate(EXCHANGE_RATES[1:], 1):
+        progress(done, len(EXCHANGE_RATES))
+        choices = at(rate)
+        if choices == best:
+            continue
+        losses_there = _trial_losses(model, found, choices, trial)
+        if not measure.lower(losses_there, least):
+            break
+        best, least = choices, losses_there
+    return best
 
 
-def _trial_loss(model: Any, found: Decomposed, choices: Sequence[Choice], rows: Tensor) -> float:
+def _trial_losses(model: Any, found: Decomposed, choices: Sequence[Choice], rows: Tensor) -> Tensor:
     # Two factors compute what pivoted ones do, and are made faster.
     cheap = [replace(choice, form="factored") if choice.form == "pivoted" else choice for choice in choices]
     made = assemble.build_modules(model, cheap, found, model.dtype, lambda done, total: None)
     with dimensions.swapped(model, made), rebuild.skipped(model, dropped(found, choices)):
-        return measure.perplexity(model, rows).loss
+        return measure.window_losses(model, rows)

@@ -38,11 +38,10 @@ def choose(
             no entry for it.
     """
     check(model, dimensions)
-    if not sayable(model, dimensions, "attention"):
-        dimensions = [dimension for dimension in dimensions if dimension.kind == "mlp"]
+    groups = _sayable_groups(model, dimensions)
     best: tuple[float, list[Choice]] | None = None
     least = None
-    for widths, dropped in _candidates(recipe, dimensions, blocks or {}):
+    for widths, dropped in _candidates(recipe, dimensions, groups, blocks or {}):
         choices = _choices(targets, dimensions, widths, dropped)
         used = sum(choice.parameters for choice in choices)
         if budget.parameters is not None and used > budget.parameters:
@@ -60,7 +59,7 @@ def check(model: Any, dimensions: Sequence[Dimension]) -> None:
     """Raise ModelError unless the MLP of every block, all of one width, is among `dimensions`."""
     names = models.block_names(model)
     found = [dimension for dimension in dimensions if dimension.kind == "mlp"]
-    inside = [name for name in names if any(mlp.name.startswith(name) for mlp in found)]
+    inside = [name for name in names if any(f"{mlp.name}.".startswith(f"{name}.") for mlp in found)]
     if len(inside) < len(names) or len({mlp.units for mlp in found}) > 1:
         raise ModelError(
             f"stock: {len(inside)} of {len(names)} blocks of {type(model).__name__} have an MLP to make "
@@ -71,13 +70,10 @@ def check(model: Any, dimensions: Sequence[Dimension]) -> None:
 
 
 def _candidates(
-    recipe: Recipe, dimensions: Sequence[Dimension], blocks: Mapping[str, float]
+    recipe: Recipe, dimensions: Sequence[Dimension], groups: Sequence[int], blocks: Mapping[str, float]
 ) -> Iterator[tuple[Widths, list[str]]]:
     """Yield every combination, the widest first, of groups, dropped blocks and MLP width."""
     units = {dimension.kind: dimension.units for dimension in dimensions}
-    attentions = {dimension.units for dimension in dimensions if dimension.kind == "attention"}
-    everywhere = sum(d.kind == "attention" for d in dimensions) == sum(d.kind == "mlp" for d in dimensions)
-    groups = range(units["attention"], 0, -1) if everywhere and len(attentions) == 1 else [0]
     cheapest = sorted(blocks, key=lambda name: blocks[name])
     for count in range(len(cheapest) + 1):
         for kept in groups:
@@ -160,25 +156,35 @@ def restated(
     return next((found for found in candidates if rebuild.fits(type(model), found, shapes)), None)
 
 
-def sayable(model: Any, dimensions: Sequence[Dimension], kind: Kind) -> bool:
+def _sayable_groups(model: Any, dimensions: Sequence[Dimension]) -> list[int]:
+    """Return the numbers of key-value groups that the config can say, falling; [0]: no choice."""
+    units = {dimension.units for dimension in dimensions if dimension.kind == "attention"}
+    everywhere = sum(d.kind == "attention" for d in dimensions) == sum(d.kind == "mlp" for d in dimensions)
+    if len(units) != 1 or not everywhere:
+        return [0]
+    (whole,) = units
+    return [whole, *(n for n in range(whole - 1, 0, -1) if sayable(model, dimensions, "attention", n))]
+
+
+def sayable(model: Any, dimensions: Sequence[Dimension], kind: Kind, width: int = 1) -> bool:
     """Tell whether the config of `model` can say that the dimensions of `kind` are one unit wide."""
     inside = [dimension for dimension in dimensions if dimension.kind == kind]
     if not inside:
         return False
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for dimension in inside:
-        shapes |= dict(_one_unit_wide(model, dimension))
-    return restated(model, model.config, shapes, dimensions, {kind: 1}) is not None
+        shapes |= dict(_so_wide(model, dimension, width))
+    return restated(model, model.config, shapes, dimensions, {kind: width}) is not None
 
 
-def _one_unit_wide(model: Any, dimension: Dimension) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _so_wide(model: Any, dimension: Dimension, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name, _ in dimension.writers:
         rows, columns = models.find(model, name).weight.shape
-        yield f"{name}.weight", (rows // dimension.units, columns)
+        yield f"{name}.weight", (rows // dimension.units * width, columns)
         if models.find(model, name).bias is not None:
-            yield f"{name}.bias", (rows // dimension.units,)
+            yield f"{name}.bias", (rows // dimension.units * width,)
     rows, columns = models.find(model, dimension.reader).weight.shape
-    yield f"{dimension.reader}.weight", (rows, columns // dimension.units)
+    yield f"{dimension.reader}.weight", (rows, columns // dimension.units * width)
 
 
 def _fewer_heads(config: Any, kept: int, units: int) -> None:

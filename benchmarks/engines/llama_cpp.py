@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -156,6 +157,13 @@ def speed(path: Path, found: Tree, options: Options) -> Speed:
     return Speed(prefill, decode)
 
 
+def without_prompt(paths: list[Path], found: Tree, options: Options) -> list[float]:
+    """Return the median decode speed of each model at an empty context, timed in turn."""
+    test = ("-p", 0, "-n", options.new_tokens)
+    seen = [[_bench(path, found, options, *test) for path in paths] for _ in range(options.repeats)]
+    return [statistics.median(one) for one in zip(*seen, strict=True)]
+
+
 def _bench(path: Path, found: Tree, options: Options, *test: object) -> float:
     bench = found.tools / "llama-bench"
     said = run(bench, "-m", path, "-t", options.threads, "-r", 1, "-o", "jsonl", *test)
@@ -180,8 +188,9 @@ def rows(folders: list[Path], text: Path, options: Options) -> Iterator[Row]:
     made = [quantize(convert(folder, found, options), found, options) for folder in folders]
     passes = [partial(speed, path, found, options) for path, _ in made]
     speeds = harness.in_turn(passes, options.repeats)
+    empty = without_prompt([path for path, _ in made], found, options)
     cut, windows = cut_text(folders[0], text, options), harness.windows(folders[0], text, options)
-    for folder, (path, fallback), own in zip(folders, made, speeds, strict=True):
+    for folder, (path, fallback), own, alone in zip(folders, made, speeds, empty, strict=True):
         yield {
             **harness.row(
                 folder,
@@ -190,7 +199,12 @@ def rows(folders: list[Path], text: Path, options: Options) -> Iterator[Row]:
                 size_of="GGUF file",
                 perplexity=perplexity(path, cut, found, options),
             ),
-            "check": {"protocol": PROTOCOL, "pytorch_perplexity": second_half(folder, windows)},
+            "check": {
+                "protocol": PROTOCOL,
+                "pytorch_perplexity": second_half(folder, windows),
+                "decode_tokens_per_s_without_prompt": alone,
+                "its ratio": alone / empty[0],
+            },
             "fallback": fallback,
             "version": f"llama.cpp of {PACKAGE}",
         }

@@ -209,7 +209,7 @@ def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     from eckart import environment
 
     found = {"protocol": protocol(options), "rows": rows, "environment": environment.describe()}
-    found["command"] = [Path(argument).name for argument in sys.argv]
+    found["command"] = [Path(a).name if Path(a).exists() else a for a in sys.argv]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eckart
@@ -25,17 +24,7 @@ GONE = (1, 2)
 
 def deep(name: str, layers: int = LAYERS, **options: Any) -> Any:
     """A tiny model with more blocks than usual."""
-    kind, sizes = tiny.ARCHITECTURES[name]
-    torch.manual_seed(0)
-    config = getattr(transformers, kind)(**sizes | {"num_hidden_layers": layers} | options)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-            elif parameter.abs().max() == 0:
-                parameter.normal_(std=0.1)
-    return model
+    return tiny.build(name, **{"num_hidden_layers": layers} | options)
 
 
 def blocks(model: Any, places: Sequence[int] = GONE) -> list[str]:

@@ -35,10 +35,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def build(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Return a random model in evaluation mode, with weights large enough that logits differ."""
     kind, options = ARCHITECTURES[name]
-    config = getattr(transformers, kind)(**options)
+    config = getattr(transformers, kind)(**options | changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

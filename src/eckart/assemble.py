@@ -6,13 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from . import dimensions, models
-from . import heads as heads_module
 from .budget import Choice
 from .dimensions import Dimension
 from .embeddings import FactoredEmbedding, build_embedding, tied_head
 from .factorize import Decomposed, Part
 from .factors import FORMS, LowRank, PartialLinear, build
-from .heads import Heads, PairNarrowing, ValueNarrowing
+from .heads import Heads, PairNarrowing, ValueNarrowing, places
 from .linalg import WeightedSVD
 from .result import Module
 
@@ -29,8 +28,7 @@ def build_modules(
     Weights are rounded to `dtype`, once, from float64, and come in the dtype of what they replace.
     """
     made: dict[str, nn.Module] = {}
-    by_partial = {name: (own, True) for own in found.heads for name in (own.value, own.output)}
-    by_partial |= {name: (own, False) for own in found.heads for name in (own.query, own.key)}
+    shared = found.shared()
     by_reader = {dimension.reader: dimension for dimension in found.dimensions}
     for done, choice in enumerate(choices, 1):
         name = choice.target.name
@@ -40,9 +38,8 @@ def build_modules(
             dimension = by_reader[name]
             made |= _narrow(model, dimension, found.parts[dimension.name], choice.rank, dtype)
         elif choice.form == "partial":
-            attention, values = by_partial[name]
-            make = _partial_value if values else _partial_pair
-            partial = make(model, attention, found.parts, choice)
+            attention, key = shared[name]
+            partial = _partial(model, attention, found.parts[key], choice)
             made[name] = _rounded(partial, models.find(model, name).weight, dtype)
         progress(done, len(choices))
     return made
@@ -91,55 +88,34 @@ def _narrow(
     return {name: _rounded(module, module.weight, dtype) for name, module in made.items()}
 
 
-def _partial_value(
-    model: nn.Module, heads: Heads, parts: Mapping[str, Part], choice: Choice
-) -> PartialLinear:
-    """Return the value or the output linear of `heads` at the chosen width of values."""
-    narrowing, kept = parts[heads.values].found, choice.rank
-    assert isinstance(narrowing, ValueNarrowing)
-    linear = models.find(model, choice.target.name)
+def _partial(model: nn.Module, heads: Heads, part: Part, choice: Choice) -> PartialLinear:
+    """Return one of the linears of `heads` with the chosen number of values or of pairs."""
+    linear, kept = models.find(model, choice.target.name), choice.rank
+    if isinstance(part.found, PairNarrowing):
+        count = heads.count // heads.groups if choice.target.name == heads.query else 1
+        rows = [torch.cat(heads.halves(order[:kept])).sort().values for order in part.found.order]
+        starts = torch.arange(heads.groups) * count * heads.size
+        whole = [start + places(own, count, heads.size) for start, own in zip(starts, rows, strict=True)]
+        return PartialLinear.slice(linear, "rows", torch.cat(whole))
+    assert isinstance(part.found, ValueNarrowing)
     own = torch.arange(kept)
     if choice.target.name == heads.output:
-        places = heads_module.places(own, heads.count, heads.size)
-        return PartialLinear.of(linear, "columns", places, narrowing.output(kept), linear.bias)
-    places = heads_module.places(own, heads.groups, heads.size)
-    bias = None if linear.bias is None else narrowing.value(linear.bias.detach(), kept).flatten()
-    return PartialLinear.of(linear, "rows", places, narrowing.value(linear.weight.detach(), kept), bias)
+        columns = places(own, heads.count, heads.size)
+        return PartialLinear.of(linear, "columns", columns, part.found.output(kept), linear.bias)
+    bias = None if linear.bias is None else part.found.value(linear.bias.detach(), kept).flatten()
+    weight = part.found.value(linear.weight.detach(), kept)
+    return PartialLinear.of(linear, "rows", places(own, heads.groups, heads.size), weight, bias)
 
 
-def _partial_pair(model: nn.Module, heads: Heads, parts: Mapping[str, Part], choice: Choice) -> PartialLinear:
-    """Return the query or the key linear of `heads` with the chosen number of pairs of rows."""
-    narrowing = parts[heads.pairs].found
-    assert isinstance(narrowing, PairNarrowing)
-    linear = models.find(model, choice.target.name)
-    count = heads.count // heads.groups if choice.target.name == heads.query else 1
-    rows = []
-    for group, order in enumerate(narrowing.order):
-        own = torch.cat(heads.halves(order[: choice.rank])).sort().values
-        rows.append(group * count * heads.size + heads_module.places(own, count, heads.size))
-    places = torch.cat(rows)
-    bias = None if linear.bias is None else linear.bias.detach()[places]
-    return PartialLinear.of(linear, "rows", places, linear.weight.detach()[places], bias)
-
-
-def rows(
-    choices: Sequence[Choice],
-    found: Decomposed,
-) -> list[Module]:
+def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:
     """Return the rows of the result.
 
     The loss of a narrower dimension stands with its reader, that of a dropped block with the last of
     its matrices.
     """
-    last = {block: name for block in found.blocks for name in (c.target.name for c in choices)
-            if name.startswith(f"{block}.")}  # fmt: skip
-    whole_blocks = {name: found.blocks[block] for block, name in last.items()}
-    by_partial = {
-        name: (own.values, name == own.output) for own in found.heads for name in (own.value, own.output)
-    }
-    by_partial |= {
-        name: (own.pairs, name == own.query) for own in found.heads for name in (own.query, own.key)
-    }
+    last = {models.owner(choice.target.name, found.blocks): choice.target.name for choice in choices}
+    whole_blocks = {name: found.blocks[block] for block, name in last.items() if block is not None}
+    shared = found.shared()
     by_member = {name: dimension for dimension in found.dimensions for name in dimension.members}
     made = []
     for choice in choices:
@@ -148,7 +124,8 @@ def rows(
         if choice.form == "narrow":
             key, counted = by_member[name].name, by_member[name].reader == name
         elif choice.form == "partial":
-            key, counted = by_partial[name]
+            attention, key = shared[name]
+            counted = name in (attention.output, attention.query)
         losses = found.parts[key].losses() if key in found.parts else torch.zeros(choice.rank + 1)
         lost, all_of_it = float(losses[choice.rank]), float(losses[0])
         if choice.form == "dropped":

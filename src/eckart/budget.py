@@ -61,6 +61,11 @@ def dense(target: Target) -> Choice:
     return Choice(target, "dense", min(target.shape))
 
 
+def narrow(target: Target, width: int, units: int) -> Choice:
+    """Return the choice to keep `width` of the `units` of a hidden dimension that `target` belongs to."""
+    return dense(target) if width == units else Choice(target, "narrow", width, units)
+
+
 Options = Curve[tuple[Choice, ...]]
 
 
@@ -175,13 +180,9 @@ def choose(
         if method.allocation == "curvature" and losses is not None:
             own_heads = {found.name: found for found in heads}
             menus = _menus(recipe, free, open_ones, own_heads, losses, exchange)
-            fixed = [f"{name}." for name in decided]
-            open_blocks = {
-                block: lost
-                for block, lost in (blocks or {}).items()
-                if not any(name.startswith(f"{block}.") for name in fixed)
-            }
-            menus = _with_blocks(menus, open_blocks)
+            fixed = {models.owner(name, blocks or {}) for name in decided}
+            whole = {block: lost for block, lost in (blocks or {}).items() if block not in fixed}
+            menus = _with_blocks(menus, whole)
             found = _allocated(menus, budget, budget.parameters - spent)
         else:
             found = _uniformly(recipe, free, open_ones, budget.parameters - spent)
@@ -206,14 +207,10 @@ def _uniformly(
             units = widths[target.name].units
             legal = [*legal_widths(units, recipe.step()), units]
             width = max([width for width in legal if width <= share * units] or legal[:1])
-            choices.append(_narrow(target, width, units))
+            choices.append(narrow(target, width, units))
         else:
             choices.append(_apply(Keep(share), method.low_rank, target, recipe.step(), None))
     return choices
-
-
-def _narrow(target: Target, width: int, units: int) -> Choice:
-    return dense(target) if width == units else Choice(target, "narrow", width, units)
 
 
 def _ranked(target: Target, form: Form, losses: Tensor, step: int) -> Options:
@@ -228,7 +225,7 @@ def _narrowed(members: Sequence[Target], dimension: Dimension, losses: Tensor, s
     size = sum(target.size for target in members)
     widths = width_curve(size, losses, multiple=step if dimension.kind == "mlp" else 1)
     options = [
-        tuple(_narrow(target, width, dimension.units) for target in members) for width in widths.options
+        tuple(narrow(target, width, dimension.units) for target in members) for width in widths.options
     ]
     return Curve(tuple(options), widths.costs, widths.losses)
 
@@ -301,8 +298,7 @@ def _with_blocks(menus: Sequence[Options], blocks: Mapping[str, float]) -> list[
     groups: dict[str, list[Options]] = {name: [] for name in blocks}
     rest: list[Options] = []
     for menu in menus:
-        name = menu.options[0][0].target.name
-        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        block = models.owner(menu.options[0][0].target.name, blocks)
         (rest if block is None else groups[block]).append(menu)
     joined = []
     for block, inside in groups.items():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import models
-from .factors import NarrowLinear
+from .factors import NarrowLinear, PartialLinear
 from .models import Target
 
 Kind = Literal["mlp", "attention"]
@@ -134,20 +134,16 @@ def build_of(model: nn.Module, dimension: Dimension) -> object:
 
 @torch.no_grad()
 def holds(model: Any, dimension: Dimension) -> bool:
-    """Tell whether leaving out every other unit equals zeroing the columns that read it."""
+    """Tell whether leaving out the lighter half of the units equals not reading their columns."""
     ids = models.probe(model)
     reader = models.find(model, dimension.reader)
     writer = models.find(model, dimension.writers[0][0])
     copies = dimension.writers[0][1]
     sizes = writer.weight.detach().float().square().sum(1).view(copies, dimension.units, -1).sum((0, 2))
     kept = sizes.argsort(descending=True)[: (dimension.units + 1) // 2].sort().values
-    masked = nn.Linear(reader.in_features, reader.out_features, reader.bias is not None, "meta")
     columns = indices(reader.in_features, dimension.units, 1, kept)
-    weight = torch.zeros_like(reader.weight)
-    weight[:, columns] = reader.weight[:, columns]
-    masked.weight, masked.bias = nn.Parameter(weight), reader.bias
     whole = models.probe_logits(model, ids)
-    with swapped(model, {dimension.reader: masked}):
+    with swapped(model, {dimension.reader: PartialLinear.slice(reader, "columns", columns)}):
         expected = models.probe_logits(model, ids)
     try:
         with swapped(model, narrowed(model, dimension, kept)):

@@ -58,6 +58,14 @@ class Decomposed:
     heads: Sequence[Heads]
     blocks: Mapping[str, float]
 
+    def shared(self) -> dict[str, tuple[Heads, str]]:
+        """Return, for each linear of `heads`, its heads and the part that it shares with another."""
+        found: dict[str, tuple[Heads, str]] = {}
+        for own in self.heads:
+            found |= dict.fromkeys((own.value, own.output), (own, own.values))
+            found |= dict.fromkeys((own.query, own.key), (own, own.pairs))
+        return found
+
     def losses(self) -> dict[str, Tensor]:
         """Return the estimated loss of every rank or width, by name."""
         return {name: part.losses() for name, part in self.parts.items()}

@@ -264,6 +264,14 @@ class PartialLinear(nn.Module):
             made.inner.bias.copy_(bias)
         return made
 
+    @classmethod
+    def slice(cls, linear: nn.Linear, side: Side, places: Tensor) -> "PartialLinear":
+        """Return `linear` with the rows or columns at `places` alone."""
+        weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        if side == "columns":
+            return cls.of(linear, side, places, weight[:, places], bias)
+        return cls.of(linear, side, places, weight[places], None if bias is None else bias[places])
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `inputs` (..., n) to (..., m)."""
         if self.side == "columns":

@@ -10,10 +10,11 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import dimensions, models, width
 from .dimensions import Dimension
+from .factors import PartialLinear
 from .linalg import Metric, to_float64
 from .width import Narrowing
 
@@ -109,27 +110,17 @@ def _roles(model: Any, dimension: Dimension) -> Iterator[tuple[int, int, int, bo
             yield query, key, value, conventions[0] if conventions else None
 
 
-def _without_rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
-    made = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, "meta")
-    weight = linear.weight.detach().clone()
-    weight[rows] = 0
-    made.weight = nn.Parameter(weight)
-    if linear.bias is not None:
-        bias = linear.bias.detach().clone()
-        bias[rows] = 0
-        made.bias = nn.Parameter(bias)
-    return made
+def _rest(dropped: Tensor, size: int) -> Tensor:
+    """Return the rows of a head that are not `dropped`, ascending."""
+    return torch.tensor(sorted(set(range(size)) - set(dropped.tolist())))
 
 
 @torch.no_grad()
 def _values_hold(model: Any, heads: Heads) -> bool:
-    half = torch.arange(0, heads.size, 2)
+    kept = torch.arange(1, heads.size, 2)
     value, output = models.find(model, heads.value), models.find(model, heads.output)
-    masked = _without_rows(value, places(half, heads.groups, heads.size))
-    unread = nn.Linear(output.in_features, output.out_features, output.bias is not None, "meta")
-    weight = output.weight.detach().clone()
-    weight[:, places(half, heads.count, heads.size)] = 0
-    unread.weight, unread.bias = nn.Parameter(weight), output.bias
+    masked = PartialLinear.slice(value, "rows", places(kept, heads.groups, heads.size))
+    unread = PartialLinear.slice(output, "columns", places(kept, heads.count, heads.size))
     ids = models.probe(model)
     whole = models.probe_logits(model, ids)
     with dimensions.swapped(model, {heads.output: unread}):
@@ -143,10 +134,10 @@ def _values_hold(model: Any, heads: Heads) -> bool:
 def _pairs_hold(model: Any, heads: Heads, interleaved: bool) -> bool:
     # Not every other pair: under the other convention those would pair up among themselves.
     pairs = torch.arange(0, heads.size // 2, 2)[: max(1, heads.size // 8)]
-    rows = torch.cat(replace(heads, interleaved=interleaved).halves(pairs))
+    kept = _rest(torch.cat(replace(heads, interleaved=interleaved).halves(pairs)), heads.size)
     query, key = models.find(model, heads.query), models.find(model, heads.key)
-    less_query = _without_rows(query, places(rows, heads.count, heads.size))
-    less_key = _without_rows(key, places(rows, heads.groups, heads.size))
+    less_query = PartialLinear.slice(query, "rows", places(kept, heads.count, heads.size))
+    less_key = PartialLinear.slice(key, "rows", places(kept, heads.groups, heads.size))
     ids = models.probe(model)
     whole = models.probe_logits(model, ids)
     got = []

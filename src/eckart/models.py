@@ -4,7 +4,7 @@ import copy
 import difflib
 import fnmatch
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,11 @@ def block_names(model: nn.Module) -> list[str]:
             f"{type(model).__name__} has no list of equal blocks: name the matrices with --include"
         )
     return max(stacks.values())[1]
+
+
+def owner(name: str, blocks: Iterable[str]) -> str | None:
+    """Return the one of `blocks` that the module `name` is inside of, or None."""
+    return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
 def targets(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Target]:

@@ -86,8 +86,7 @@ def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
 
 def _limit(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> budget.Budget:
     itemsize = output_dtype(recipe, stored).itemsize
-    narrows = recipe.resolved_method().narrows and not recipe.stock
-    attentions = dimensions.find(model, found) if narrows else []
+    attentions = dimensions.find(model, found) if _by_heads(recipe) else []
     fixed = budget.fixed_bytes(model, found, recipe.resolved_method().low_rank, itemsize, attentions)
     return budget.settle(recipe, found, models.parameter_count(model), fixed, itemsize)
 
@@ -168,9 +167,12 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
 
 def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
     """Return the attentions whose heads may be made narrower one by one, each verified."""
-    if recipe.stock or recipe.resolved_method().form != "width":
-        return []
-    return heads.found(model, dimensions.find(model, found))
+    return heads.found(model, dimensions.find(model, found)) if _by_heads(recipe) else []
+
+
+def _by_heads(recipe: Recipe) -> bool:
+    """Tell whether heads may be made narrower: mixed does better with ranks, and no stock config says it."""
+    return recipe.resolved_method().form == "width" and not recipe.stock
 
 
 def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Dimension]:

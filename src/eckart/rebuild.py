@@ -32,10 +32,10 @@ def names_without(model: nn.Module, dropped: Sequence[str]) -> dict[str, str]:
 
 def renamed(name: str, blocks: Mapping[str, str], dropped: Sequence[str]) -> str | None:
     """Return what `name` is called after blocks were dropped, None where it is gone."""
-    for block, new in blocks.items():
-        if name.startswith(f"{block}."):
-            return new + name[len(block) :]
-    return None if any(name.startswith(f"{block}.") for block in dropped) else name
+    block = models.owner(name, blocks)
+    if block is not None:
+        return blocks[block] + name[len(block) :]
+    return None if models.owner(name, dropped) else name
 
 
 def moved(targets: Sequence[Target], model: nn.Module, dropped: Sequence[str]) -> list[Target]:

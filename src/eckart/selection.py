@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import assemble, budget, dimensions, measure, rebuild, stock
+from . import assemble, budget, dimensions, measure, models, rebuild, stock
 from .budget import Choice
 from .dimensions import Dimension
 from .errors import RankError
@@ -51,8 +51,9 @@ def unseen(
 
 def dropped(decomposed: Decomposed, choices: Sequence[Choice]) -> list[str]:
     """Return the blocks that are left out."""
-    gone = [choice.target.name for choice in choices if choice.form == "dropped"]
-    return [block for block in decomposed.blocks if any(name.startswith(f"{block}.") for name in gone)]
+    names = [choice.target.name for choice in choices if choice.form == "dropped"]
+    gone = {models.owner(name, decomposed.blocks) for name in names}
+    return [block for block in decomposed.blocks if block in gone]
 
 
 def choose(

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from . import models, rebuild
-from .budget import Budget, Choice, dense
+from .budget import Budget, Choice, dense, narrow
 from .dimensions import Dimension, Kind
 from .errors import ModelError
 from .models import Target
@@ -41,15 +41,15 @@ def choose(
     groups = _sayable_groups(model, dimensions)
     best: tuple[float, list[Choice]] | None = None
     least = None
-    for widths, dropped in _candidates(recipe, dimensions, groups, blocks or {}):
-        choices = _choices(targets, dimensions, widths, dropped)
-        used = sum(choice.parameters for choice in choices)
-        if budget.parameters is not None and used > budget.parameters:
+    for candidates in _candidates(recipe, dimensions, groups, blocks or {}):
+        for widths, dropped in candidates:
+            choices = _choices(targets, dimensions, widths, dropped)
+            used = sum(choice.parameters for choice in choices)
+            if budget.parameters is None or used <= budget.parameters:
+                loss = _loss(dimensions, widths, dropped, losses or {}, blocks or {})
+                best = (loss, choices) if best is None or loss < best[0] else best
+                break
             least = used if least is None else min(used, least)
-            continue
-        loss = _loss(dimensions, widths, dropped, losses or {}, blocks or {})
-        if best is None or loss < best[0]:
-            best = loss, choices
     if best is None:
         raise budget.unreachable(least or 0)
     return best[1]
@@ -59,7 +59,7 @@ def check(model: Any, dimensions: Sequence[Dimension]) -> None:
     """Raise ModelError unless the MLP of every block, all of one width, is among `dimensions`."""
     names = models.block_names(model)
     found = [dimension for dimension in dimensions if dimension.kind == "mlp"]
-    inside = [name for name in names if any(f"{mlp.name}.".startswith(f"{name}.") for mlp in found)]
+    inside = {models.owner(mlp.reader, names) for mlp in found}
     if len(inside) < len(names) or len({mlp.units for mlp in found}) > 1:
         raise ModelError(
             f"stock: {len(inside)} of {len(names)} blocks of {type(model).__name__} have an MLP to make "
@@ -71,18 +71,15 @@ def check(model: Any, dimensions: Sequence[Dimension]) -> None:
 
 def _candidates(
     recipe: Recipe, dimensions: Sequence[Dimension], groups: Sequence[int], blocks: Mapping[str, float]
-) -> Iterator[tuple[Widths, list[str]]]:
-    """Yield every combination, the widest first, of groups, dropped blocks and MLP width."""
+) -> Iterator[list[tuple[Widths, list[str]]]]:
+    """Yield for every number of groups and of dropped blocks the MLP widths, the widest first."""
     units = {dimension.kind: dimension.units for dimension in dimensions}
     cheapest = sorted(blocks, key=lambda name: blocks[name])
     for count in range(len(cheapest) + 1):
         for kept in groups:
-            for width in [units["mlp"], *reversed(legal_widths(units["mlp"], recipe.step()))]:
-                yield {"mlp": width} | ({"attention": kept} if kept else {}), cheapest[:count]
-
-
-def _inside(name: str, blocks: Sequence[str]) -> bool:
-    return name.startswith(tuple(f"{block}." for block in blocks))
+            attention = {"attention": kept} if kept else {}
+            legal = [units["mlp"], *reversed(legal_widths(units["mlp"], recipe.step()))]
+            yield [({"mlp": width} | attention, cheapest[:count]) for width in legal]
 
 
 def _choices(
@@ -92,13 +89,13 @@ def _choices(
     choices = []
     for target in targets:
         dimension = members.get(target.name)
-        width = 0 if dimension is None else widths.get(dimension.kind, dimension.units)
-        if _inside(target.name, dropped):
+        if models.owner(target.name, dropped):
             choices.append(Choice(target, "dropped", 0))
-        elif dimension is None or width == dimension.units:
+        elif dimension is None:
             choices.append(dense(target))
         else:
-            choices.append(Choice(target, "narrow", width, dimension.units))
+            width = widths.get(dimension.kind, dimension.units)
+            choices.append(narrow(target, width, dimension.units))
     return choices
 
 
@@ -111,7 +108,7 @@ def _loss(
 ) -> float:
     total = sum(blocks[name] for name in dropped)
     for dimension in dimensions:
-        if dimension.name in losses and not _inside(dimension.name, dropped):
+        if dimension.name in losses and not models.owner(dimension.name, dropped):
             total += float(losses[dimension.name][widths.get(dimension.kind, dimension.units)])
     return total
 

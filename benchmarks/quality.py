@@ -3,7 +3,8 @@
     python benchmarks/quality.py MODEL --text CALIBRATION --eval-text TEST --keep 0.9 0.8 0.6
     python benchmarks/quality.py MODEL --text CALIBRATION --eval-text TEST --rank 16 32 64 128
 
-A method is a preset, alone or with a form of its own: eckart/pivoted, eckart/width, eckart/stock.
+A method is a preset, alone or with a form of its own: eckart/pivoted, eckart/width, eckart/stock. With
++depth blocks may be left out: eckart/stock+depth.
 Finished rows are kept in the JSON file, and the same command continues after an interruption.
 """
 
@@ -52,11 +53,13 @@ def arguments() -> argparse.Namespace:
 
 def recipe_for(options: argparse.Namespace, method: str, name: str, value: float) -> Recipe:
     budget = {"rank": int(value)} if name == "rank" else {"keep": value, "of": options.of}
+    method, _, depth = method.partition("+")
     method, _, form = method.partition("/")
     how: dict[str, Any] = {"stock": True} if form == "stock" else {"form": form} if form else {}
     return recipe.from_mapping(
         {
-            **budget, **how, "model": options.model, "method": method, "tokens": options.tokens,
+            **budget, **how, "depth": bool(depth),
+            "model": options.model, "method": method, "tokens": options.tokens,
             "gradient_tokens": max(2, options.tokens // 2), "eval_tokens": options.eval_tokens,
             "text": options.text, "eval_text": options.eval_text, "dtype": options.dtype,
         }

@@ -1,0 +1,167 @@
+"""Closed-form refinement: least squares, block by block, on the inputs that each matrix now sees.
+
+With x the inputs of a matrix W in the dense model and x' those in the compressed one, after everything
+before it was compressed, the map that best reproduces the dense outputs from x' is
+W E[x x'^T] E[x' x'^T]^-1 (AA-SVD, arXiv:2604.02119). A mixture t of it with the map itself,
+W + t W (E[x x'^T] - E[x' x'^T]) (E[x' x'^T] + damp)^-1, is brought to the form, rank or width that the matrix
+has; t between 0 and 1 is the compromise of SAES-SVD.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import calibrate, models
+from .chain import Chain, chain, matching
+from .factors import FactoredLinear, LowRank, PartialLinear, PivotedLinear, build
+from .linalg import Metric, weighted_svd
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """E[g g^T] of the gradients at the outputs of the dense model's matrices, by name: what errors cost."""
+
+    outputs: Mapping[str, Tensor]
+
+    @classmethod
+    def measured(
+        cls,
+        dense: Any,
+        names: Sequence[str],
+        windows: Tensor,
+        watch: Callable[[int, int], None] | None = None,
+    ) -> "Metrics":
+        """Gather them on `windows` (k, seq_len), of the loss on the text's own labels."""
+        found = calibrate.calibrate(
+            dense, windows, names, ("gradient",),
+            gradient_windows=len(windows), generator=torch.Generator(), watch=watch,
+        )  # fmt: skip
+        return cls({name: found.stats.moment("gradient", name).mean() for name in names})
+
+    def metric(self, name: str, size: int, damp: float) -> Metric:
+        """Return the metric of one matrix, the identity where nothing is known."""
+        return Metric(size, self.outputs[name], damp) if name in self.outputs else Metric(size)
+
+
+def linears(model: nn.Module, block: str) -> dict[str, nn.Module]:
+    """Return the linear maps of a block by name: every nn.Linear that is whole, and what was made smaller."""
+    smaller = models.low_rank_modules(model)
+    inside = {
+        name: module
+        for name, module in model.named_modules()
+        if models.owner(name, [block]) and (name in smaller or isinstance(module, nn.Linear))
+    }
+    return {name: module for name, module in inside.items() if models.owner(name, smaller) is None}
+
+
+def stages(chain: Chain, index: int, hidden: Tensor, names: Sequence[str]) -> list[list[str]]:
+    """Group `names` by the tensor that they read, in the order in which the block runs them."""
+    groups: list[tuple[Tensor, list[str]]] = []
+    for name, tensor in chain.reads(index, hidden, names):
+        known = next((group for read, group in groups if read is tensor), None)
+        if known is None:
+            groups.append((tensor, [name]))
+        else:
+            known.append(name)
+    return [group for _, group in groups]
+
+
+@torch.no_grad()
+def refit(
+    student: Any,
+    dense: Any,
+    windows: Tensor,
+    mixture: float,
+    *,
+    metrics: Metrics,
+    damp: float = 1e-4,
+    watch: Callable[[int, int], None] | None = None,
+) -> None:
+    """Solve for every linear map in the blocks of `student`, in place, first block first.
+
+    Args:
+        student: the compressed model: low-rank, narrow, or both.
+        dense: the model that it comes from, with the same blocks.
+        windows: (k, seq_len) to fit to.
+        mixture: 0 leaves each target at the dense map (what was left out of a narrow one stays out), 1 makes
+            it the map that reproduces the dense outputs.
+        metrics: of the outputs.
+        damp: added to the diagonal of E[x' x'^T], in units of its mean.
+        watch: called with (blocks done, blocks).
+
+    Raises:
+        ModelError: the blocks do not correspond, or are no chain.
+    """
+    windows = windows.to(student.device)
+    own, original = chain(student, windows[0]), chain(dense, windows[0])
+    matching(own, original)
+    mine = [own.entry(window) for window in windows]
+    theirs = [original.entry(window) for window in windows]
+    for index, block in enumerate(own.names):
+        names = list(linears(student, block))
+        for group in stages(own, index, mine[0], names):
+            gram, cross = _moments(own, original, index, mine, theirs, group[0])
+            for name in group:
+                _solve(student, dense, name, gram, cross, mixture, metrics, damp)
+        mine = [own.run(index, hidden) for hidden in mine]
+        theirs = [original.run(index, hidden) for hidden in theirs]
+        if watch:
+            watch(index + 1, len(own.names))
+
+
+def _moments(
+    own: Chain, original: Chain, index: int, mine: Sequence[Tensor], theirs: Sequence[Tensor], name: str
+) -> tuple[Tensor, Tensor]:
+    """Return E[x' x'^T] (n', n') and E[x x'^T] (n, n') of the module `name`, in float64."""
+    gram, cross, count = torch.zeros(()), torch.zeros(()), 0
+    for now, then in zip(mine, theirs, strict=True):
+        rows, dense = own.read(index, now, name), original.read(index, then, name)
+        gram = gram.to(rows.device) + rows.T @ rows
+        cross = cross.to(rows.device) + dense.T @ rows
+        count += len(rows)
+    return gram.double() / count, cross.double() / count
+
+
+def _solve(
+    student: Any,
+    dense: Any,
+    name: str,
+    gram: Tensor,
+    cross: Tensor,
+    mixture: float,
+    metrics: Metrics,
+    damp: float,
+) -> None:
+    """Put the solution of one matrix into `student`."""
+    module, weight = student.get_submodule(name), models.find(dense, name).weight.double()
+    if isinstance(module, FactoredLinear | PivotedLinear):
+        target = weight + mixture * anchored(weight @ cross - weight @ gram, gram, damp)
+        outputs = metrics.metric(name, weight.shape[0], damp)
+        svd = weighted_svd(target, Metric(len(gram), gram, damp), outputs)
+        rank, bias = module.rank, module.dense_bias()
+        low_rank = LowRank(svd.left[:, :rank], svd.right[:rank])
+        made = build(low_rank, module.kind, None if bias is None else bias.double())
+        like = next(module.parameters())
+        models.replace(student, name, made.to(like.dtype).to(like.device))
+        return
+    inner = module.inner if isinstance(module, PartialLinear) else module
+    assert isinstance(inner, nn.Linear)
+    if isinstance(module, PartialLinear) and module.side == "columns":
+        places = module.places.to(torch.int64)
+        gram, cross = gram[places][:, places], cross[:, places]
+    current = inner.weight.double()
+    # Where rows were left out, those that are left are to give what they give on the dense inputs.
+    wanted = weight if len(weight) == len(current) else current
+    change = anchored(wanted @ cross - current @ gram, gram, damp)
+    inner.weight.copy_(current + mixture * change)
+
+
+def anchored(error: Tensor, gram: Tensor, damp: float) -> Tensor:
+    """Return error (gram + damp)^-1, with damping in units of the mean of the diagonal: ridge regression."""
+    size = len(gram)
+    ridge = gram + damp * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype, device=gram.device)
+    solved: Tensor = torch.linalg.solve(ridge, error, left=False)
+    return solved

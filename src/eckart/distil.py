@@ -1,0 +1,426 @@
+"""Healing end to end: match the dense model's next-token distribution by gradient descent."""
+
+import contextlib
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from . import measure, models
+from .checkpoint import Checkpoint
+from .divergence import divergence
+from .errors import ConfigError, ModelError
+from .healing import Healing, Train
+from .lessons import Lessons
+from .teacher import Teacher
+
+_LOST = 1.5
+"""A run whose held-out divergence is this many times what it was at the start has diverged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What the held-out text says after `step` steps: nats per token of divergence from the dense model."""
+
+    step: int
+    tokens: int
+    held_out: float
+    trained: float | None = None
+
+
+@dataclass(slots=True)
+class Course:
+    """How a run went.
+
+    Args:
+        judged: at the start and after every evaluation.
+        best: the step whose state is kept; 0 is the start.
+        gain: whether the best is below the start by more than the standard error of the difference; if it
+            is not, the start is what is kept.
+        ended: why: all steps done, no new best, or diverged.
+        seconds: of training, evaluations included.
+    """
+
+    judged: list[Judgement] = field(default_factory=list)
+    best: int = 0
+    gain: bool = False
+    ended: str = ""
+    seconds: float = 0.0
+
+    @property
+    def start(self) -> float:
+        """Divergence before."""
+        return self.judged[0].held_out
+
+    @property
+    def end(self) -> float:
+        """Divergence of what is kept."""
+        return next(found.held_out for found in self.judged if found.step == self.best)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return self.judged[-1].tokens
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run was stopped because it got much worse."""
+        return self.ended.startswith("diverged")
+
+
+def precision(healing: Healing, device: torch.device) -> torch.dtype:
+    """Return the dtype to multiply in: bfloat16 where the device has it in hardware, if it is not given."""
+    if healing.precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[healing.precision]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        fast = device.type == "cpu" and bool(known.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def around(healing: Healing, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Return the context to compute in."""
+    dtype = precision(healing, device)
+    if dtype == torch.float32:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def trained_names(model: nn.Module, train: Train) -> list[str]:
+    """Return the names of the parameters that `train` says.
+
+    Raises:
+        ModelError: there is none, since no module of the model was made smaller.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    if train == "all":
+        return names
+    if train == "blocks":
+        blocks = models.block_names(model)
+        return [name for name in names if models.owner(name, blocks)]
+    smaller = models.low_rank_modules(model)
+    if not smaller:
+        raise ModelError(
+            "no module of the model is low-rank or narrow: nothing to train with train 'factors' or "
+            "'adapter'; use train 'blocks' or 'all'"
+        )
+    return [name for name in names if models.owner(name, smaller)]
+
+
+@contextlib.contextmanager
+def _adapted(model: Any, healing: Healing) -> Iterator[Any]:
+    """Give a model with a LoRA adapter on the factors, and merge the adapter when the body ends."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("train 'adapter' needs PEFT: pip install 'eckart[peft]'") from error
+    trained_names(model, "adapter")
+    smaller, rank = models.low_rank_modules(model), healing.adapter_rank
+    inner = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (name in smaller or models.owner(name, smaller))
+    ]
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=inner)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(healing.seed)
+        adapted = peft.get_peft_model(model, config)
+    try:
+        yield adapted
+    finally:
+        adapted.merge_and_unload()
+
+
+@contextlib.contextmanager
+def _training(model: nn.Module, names: Sequence[str], healing: Healing) -> Iterator[dict[str, nn.Parameter]]:
+    """Let the named parameters learn; give everything back as it was. Dropout stays off."""
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    chosen = set(names)
+    modes = {module: module.training for module in model.modules()}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+    model.eval()
+    if healing.checkpointing:
+        _recompute(model)
+    try:
+        yield {name: parameter for name, parameter in model.named_parameters() if name in chosen}
+    finally:
+        if healing.checkpointing:
+            _keep(model)
+        for module, mode in modes.items():
+            module.training = mode
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+            parameter.grad = None
+
+
+def _recompute(model: Any) -> None:
+    """Recompute the activations of the blocks on the way back; only they must be in training mode."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ModelError(f"{type(model).__name__} cannot recompute activations: leave out checkpointing")
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for name in models.block_names(model):
+        model.get_submodule(name).training = True
+
+
+def _rows(model: Any, window: Tensor) -> Tensor:
+    """Return the logits (seq_len - 1, v) after each token of `window` but the last."""
+    logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1]
+    return logits
+
+
+def _keep(model: Any) -> None:
+    """Keep the activations again."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
+@torch.no_grad()
+def judge(model: Any, teacher: Teacher, windows: Tensor, healing: Healing) -> Tensor:
+    """Return what `healing` minimises, on each of `windows` (k, seq_len): (k,) float64."""
+    found = []
+    for window in windows:
+        with teacher.around():
+            logits = _rows(model, window)
+        target = teacher.chances(window)
+        found.append(divergence(logits, target, window[1:], healing.temperature, healing.text_loss))
+    return torch.stack(found).double().cpu()
+
+
+def distil(
+    student: Any,
+    teacher_model: Any,
+    lessons: Lessons,
+    healing: Healing,
+    *,
+    cache: Any = None,
+    checkpoint: Checkpoint | None = None,
+    watch: measure.Progress | None = None,
+) -> Course:
+    """Train `student`, in place, to predict what the dense model predicts; end in its best state.
+
+    The best state is that with the least divergence on `lessons.held_out`, the start among them. With
+    `checkpoint` an interrupted run goes on where its last evaluation was, to the same result.
+
+    Under torchrun or accelerate launch every process takes its share of each batch.
+
+    Raises:
+        ConfigError: the batch does not divide among the processes.
+        ModelError: nothing to train.
+        StoreError: the checkpoint or the cache cannot be used.
+    """
+    accelerator = Accelerator(
+        cpu=student.device.type == "cpu",
+        gradient_accumulation_steps=healing.batch // healing.micro,
+    )
+    if healing.batch % (accelerator.num_processes * healing.micro):
+        raise ConfigError(
+            f"batch {healing.batch} of micro {healing.micro} on {accelerator.num_processes} processes: must "
+            "be a multiple of their product"
+        )
+    place = accelerator.device
+    teacher = Teacher(
+        teacher_model.to(place), healing.temperature, healing.largest, cache, around(healing, place)
+    )
+    student.to(place)
+    adapter = _adapted(student, healing) if healing.train == "adapter" else contextlib.nullcontext(student)
+    with adapter as model:
+        names = (
+            [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+            if healing.train == "adapter"
+            else trained_names(model, healing.train)
+        )
+        with _training(model, names, healing) as parameters:
+            run = _Run(accelerator, model, teacher, lessons, healing, parameters, checkpoint, watch)
+            return run.go()
+
+
+def _schedule(warmup: int, total: int) -> Callable[[int], float]:
+    """Return the factor of the rate at each step: rising over `warmup` steps, then half a cosine down."""
+
+    def factor(step: int) -> float:
+        past = (step - warmup) / max(total - warmup, 1)
+        return min(1.0, (step + 1) / (warmup + 1)) * 0.5 * (1 + math.cos(math.pi * max(0.0, past)))
+
+    return factor
+
+
+class _Run:
+    """One run of gradient descent: what it holds, and what a checkpoint holds of it."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: Any,
+        teacher: Teacher,
+        lessons: Lessons,
+        healing: Healing,
+        parameters: Mapping[str, nn.Parameter],
+        checkpoint: Checkpoint | None,
+        watch: measure.Progress | None,
+    ) -> None:
+        self.accelerator, self.teacher, self.healing = accelerator, teacher, healing
+        self.parameters, self.checkpoint, self.watch = parameters, checkpoint, watch
+        self.total = healing.total_steps()
+        self.rows = lessons.rows.to(accelerator.device)
+        self.held_out = lessons.held_out.to(accelerator.device)
+        optimizer = torch.optim.AdamW(
+            list(parameters.values()), lr=healing.rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.schedule = LambdaLR(optimizer, _schedule(math.ceil(healing.warmup * self.total), self.total))
+        self.optimizer = optimizer
+        self.bare = model
+        self.model = accelerator.prepare(model) if accelerator.num_processes > 1 else model
+        self.course = Course()
+        self.first: Tensor = torch.empty(0)
+        self.found: Tensor = torch.empty(0)
+        self.best: dict[str, Tensor] = {}
+        self.step = 0
+
+    def go(self) -> Course:
+        """Train to the end, or to where the held-out text says."""
+        clock = time.perf_counter()
+        if not self._resumed():
+            self.first = self.found = self._judge()
+            self._note(None)
+        marks = self._marks()
+        lost, since = 0.0, 0
+        while self.step < self.total and not self.course.ended:
+            lost, since = lost + self._one(), since + 1
+            if self.step in marks or not math.isfinite(lost):
+                self._evaluate(lost / since)
+                lost, since = 0.0, 0
+                self.course.seconds += time.perf_counter() - clock
+                clock = time.perf_counter()
+                self._save()
+        self.course.ended = self.course.ended or "all steps done"
+        self._restore()
+        return self.course
+
+    def _marks(self) -> set[int]:
+        count = min(self.healing.evaluations, self.total)
+        return {(index + 1) * self.total // count for index in range(count)}
+
+    def _one(self) -> float:
+        """Do one step, and return the mean loss of its windows on this process."""
+        healing, processes = self.healing, self.accelerator.num_processes
+        batch = self.rows[self.step * healing.batch : (self.step + 1) * healing.batch]
+        own = batch[self.accelerator.process_index :: processes]
+        total = 0.0
+        for start in range(0, len(own), healing.micro):
+            last = start + healing.micro >= len(own)
+            held = contextlib.nullcontext() if last or processes == 1 else self.model.no_sync()
+            with held:
+                loss = self._loss(own[start : start + healing.micro]) * (healing.micro / len(own))
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), healing.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.watch:
+            self.watch(self.step, self.total)
+        return total
+
+    def _loss(self, windows: Tensor) -> Tensor:
+        with self.teacher.around():
+            logits = self.model(input_ids=windows, use_cache=False).logits[:, :-1]
+        how = (self.healing.temperature, self.healing.text_loss)
+        losses = [
+            divergence(own, self.teacher.chances(window), window[1:], *how)
+            for own, window in zip(logits, windows, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def _judge(self) -> Tensor:
+        return judge(self.bare, self.teacher, self.held_out, self.healing)
+
+    def _note(self, trained: float | None) -> None:
+        tokens = self.step * self.healing.batch * self.rows.shape[1]
+        self.course.judged.append(Judgement(self.step, tokens, float(self.found.mean()), trained))
+
+    def _evaluate(self, trained: float) -> None:
+        self.found = self._judge()
+        self._note(trained)
+        now, course = float(self.found.mean()), self.course
+        if not (math.isfinite(now) and math.isfinite(trained)) or now > _LOST * course.start + 1e-3:
+            course.ended = (
+                f"diverged at step {self.step}: {now:.4g} nats from the dense model, {course.start:.4g} at "
+                "the start; lower rate"
+            )
+        elif now < course.end:
+            course.best, course.gain = self.step, measure.lower(self.found, self.first)
+            self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
+        elif len([found for found in course.judged if found.step > course.best]) >= self.healing.patience:
+            course.ended = f"no new best in {self.healing.patience} evaluations"
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        """Put the best state into the model; it is the start where the gain is within the noise."""
+        if not self.course.gain:
+            self.course.best, self.best = 0, self.start
+        for name, value in self.best.items():
+            self.parameters[name].copy_(value)
+
+    def _resumed(self) -> bool:
+        self.start = {name: value.detach().clone() for name, value in self.parameters.items()}
+        self.best = copy.copy(self.start)
+        found = None if self.checkpoint is None else self.checkpoint.read()
+        if found is None:
+            return False
+        state, tensors = found
+        with torch.no_grad():
+            for name, value in self.parameters.items():
+                value.copy_(tensors[f"now.{name}"])
+                self.best[name] = tensors[f"best.{name}"].to(value.device)
+                self.start[name] = tensors[f"start.{name}"].to(value.device)
+        moments = self.optimizer.state_dict()
+        moments["state"] = {
+            int(index): {key: tensors[f"moment.{index}.{key}"] for key in keys}
+            for index, keys in state["moments"].items()
+        }
+        self.optimizer.load_state_dict(moments)
+        self.step = state["step"]
+        self.schedule.last_epoch = self.step
+        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
+            group["lr"] = rate
+        self.first = tensors["first"]
+        course = state["course"]
+        self.course = Course(**course | {"judged": [Judgement(**found) for found in course["judged"]]})
+        return True
+
+    def _save(self) -> None:
+        if self.checkpoint is None or not self.accelerator.is_main_process:
+            return
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {"first": self.first}
+        for name, value in self.parameters.items():
+            tensors |= {
+                f"now.{name}": value,
+                f"best.{name}": self.best[name],
+                f"start.{name}": self.start[name],
+            }
+        for index, values in moments.items():
+            tensors |= {f"moment.{index}.{key}": value for key, value in values.items()}
+        state = {
+            "step": self.step,
+            "rates": [group["lr"] for group in self.optimizer.param_groups],
+            "moments": {index: list(values) for index, values in moments.items()},
+            "course": asdict(self.course),
+        }
+        self.checkpoint.write(state, tensors)

@@ -1,0 +1,141 @@
+"""How a compressed model is brought back towards the dense one: the settings, as one frozen value."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+Refinement = Literal["closed", "block", "logits"]
+Train = Literal["factors", "blocks", "all", "adapter"]
+Precision = Literal["auto", "float32", "bfloat16"]
+REFINEMENTS: tuple[Refinement, ...] = ("closed", "block", "logits")
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "train": ("factors", "blocks", "all", "adapter"),
+    "precision": ("auto", "float32", "bfloat16"),
+}
+_WHOLE = ("tokens", "hold_tokens", "fit_tokens", "batch", "micro", "evaluations", "patience", "block_epochs")
+_POSITIVE = ("rate", "block_rate", "temperature")
+_SHARES = ("warmup", "text_loss")
+
+
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """Which refinements, in which order, and how. Ranks and widths stay as they are.
+
+    Args:
+        steps: any of `closed` (least squares, block by block), `block` (each block's output matched by
+            gradient descent) and `logits` (the next-token distribution of the dense model matched end
+            to end).
+        tokens: to train on end to end; a token that is seen twice counts twice.
+        hold_tokens: to decide on, from the last tenth of each text, which nothing is fitted to.
+        seq_len: window length.
+        seed: of the order of the windows.
+        mixtures: closed: what is tried for the share of the dense model's own inputs in the target, 0
+            (each block's map from the inputs that it now sees) to 1 (its outputs in the dense model).
+        fit_tokens: closed and block: tokens to fit to.
+        block_epochs, block_rate: block: passes over `fit_tokens`, and AdamW's rate.
+        train: logits: what is trained, the `factors` (every module that was made smaller), the whole
+            `blocks`, `all` parameters, or an `adapter` on the factors (LoRA, merged at the end).
+        rate: AdamW's rate after warm-up; it falls to 0 by a half cosine.
+        warmup: the share of the steps before it.
+        batch: windows a step, over all devices ...
+        micro: ... and those that one device takes at a time; the gradients are accumulated.
+        clip: the largest norm of a gradient.
+        temperature: of both distributions.
+        text_loss: the share of the text's own next-token loss in what is minimised, in [0, 1].
+        largest: how many entries of the dense model's distribution are kept, the others as one; default:
+            all, and 256 where they are cached on disk.
+        evaluations: on the held-out text, evenly over the run.
+        patience: stop after so many of them in a row without a new best.
+        adapter_rank: of the adapter.
+        checkpointing: recompute activations on the way back: less memory, a third more time.
+        precision: to train in; `auto` is bfloat16 where the device multiplies it in hardware.
+
+    Raises:
+        ConfigError: a value is not legal.
+    """
+
+    steps: tuple[Refinement, ...] = ("closed", "logits")
+    tokens: int = 250_000
+    hold_tokens: int = 8_192
+    seq_len: int = 512
+    seed: int = 0
+    mixtures: tuple[float, ...] = (0.0, 0.5, 1.0)
+    fit_tokens: int = 32_768
+    block_epochs: int = 4
+    block_rate: float = 1e-4
+    train: Train = "blocks"
+    rate: float = 1e-4
+    warmup: float = 0.05
+    batch: int = 1
+    micro: int = 1
+    clip: float = 1.0
+    temperature: float = 1.0
+    text_loss: float = 0.0
+    largest: int | None = None
+    evaluations: int = 12
+    patience: int = 4
+    adapter_rank: int = 16
+    checkpointing: bool = False
+    precision: Precision = "auto"
+
+    def __post_init__(self) -> None:
+        unknown = [step for step in self.steps if step not in REFINEMENTS]
+        if unknown or not self.steps:
+            raise ConfigError(
+                f"refinement {unknown[0] if unknown else None!r}: legal are {', '.join(REFINEMENTS)}"
+            )
+        for name, legal in _CHOICES.items():
+            if getattr(self, name) not in legal:
+                raise ConfigError(f"{name} {getattr(self, name)!r}: legal are {', '.join(legal)}")
+        for name in (*_WHOLE, "adapter_rank"):
+            _check(name, getattr(self, name), int, 1)
+        _check("seq_len", self.seq_len, int, 2)
+        if self.largest is not None:
+            _check("largest", self.largest, int, 1)
+        for name in (*_POSITIVE, "clip"):
+            _check(name, getattr(self, name), float, 0.0, above=True)
+        for name in _SHARES:
+            _check(name, getattr(self, name), float, 0.0, most=1.0)
+        for share in self.mixtures:
+            _check("mixtures", share, float, 0.0, most=1.0)
+        if not self.mixtures:
+            raise ConfigError("mixtures: give at least one number in [0, 1]")
+        if self.batch % self.micro:
+            raise ConfigError(f"batch {self.batch}: must be a multiple of micro = {self.micro}")
+
+    def total_steps(self) -> int:
+        """Return the optimizer steps that `tokens` are good for, at least one."""
+        return max(1, self.tokens // (self.seq_len * self.batch))
+
+
+def _check(
+    name: str, value: Any, kind: type, least: float, *, most: float | None = None, above: bool = False
+) -> None:
+    legal = isinstance(value, (kind, int)) and not isinstance(value, bool)
+    number = float(value) if legal else least - 1
+    if number >= least and not (above and number == least) and (most is None or number <= most):
+        return
+    bound = f"of at least {least:g}" if most is None else f"in [{least:g}, {most:g}]"
+    if above:
+        bound = f"above {least:g}"
+    raise ConfigError(f"{name} {value!r}: must be {'a whole number' if kind is int else 'a number'} {bound}")
+
+
+def names() -> list[str]:
+    """Return the settings that there are."""
+    return [field.name for field in fields(Healing)]
+
+
+def from_mapping(values: dict[str, Any]) -> Healing:
+    """Return the settings that `values`, of which every key is one of `names`, describe; lists will do.
+
+    Raises:
+        ConfigError: a value is not legal.
+    """
+    made = dict(values)
+    for name in ("steps", "mixtures"):
+        if name in made:
+            found = made[name]
+            made[name] = tuple(found) if isinstance(found, (list, tuple)) else (found,)
+    return Healing(**made)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eckart import environment, pipeline, recipe, report
+from eckart import environment, pipeline, recipe, render
 from eckart.heads import PairNarrowing
 
 
@@ -79,7 +79,7 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=2) + "\n")
     lines = [[str(value) if not isinstance(value, float) else f"{value:.3f}" for value in row.values()]
              for row in found]  # fmt: skip
-    print(report.markdown_table(list(found[0]), lines))
+    print(render.markdown_table(list(found[0]), lines))
 
 
 if __name__ == "__main__":

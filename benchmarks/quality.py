@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eckart import environment, models, pipeline, recipe, report
+from eckart import environment, models, pipeline, recipe, render
 from eckart.methods import METHODS
 from eckart.recipe import Recipe
 
@@ -113,7 +113,7 @@ def grid(rows: list[dict[str, Any]]) -> str:
     names = {row["method"] for row in rows}
     order = sorted(names, key=lambda name: -found.get((name, budgets[-1]), 0.0))
     lines = [[name, *(_figure(found.get((name, budget))) for budget in budgets)] for name in order]
-    return report.markdown_table(["method", *budgets], lines)
+    return render.markdown_table(["method", *budgets], lines)
 
 
 def _figure(value: float | None) -> str:
@@ -154,7 +154,7 @@ def main() -> None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(found, indent=2) + "\n")
     print(f"\ndense perplexity {rows[0]['dense']:.2f}\n")
-    print(report.markdown_table(COLUMNS, [cells(row) for row in rows]))
+    print(render.markdown_table(COLUMNS, [cells(row) for row in rows]))
     print(f"\nperplexity alone:\n\n{grid(rows)}")
 
 

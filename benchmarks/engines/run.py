@@ -264,7 +264,7 @@ def main() -> None:
     if options.rows:
         child(options)
         return
-    from eckart import report
+    from eckart import render
 
     if len({folder.name for folder in options.models}) < len(options.models):
         sys.exit("--models: two folders have the same name, which is what the rows are told apart by")
@@ -273,7 +273,7 @@ def main() -> None:
         print(f"{name} {storage} ...", file=sys.stderr, flush=True)
         rows += measure(options, name, storage)
         save(options, rows)
-    print(report.markdown_table(COLUMNS, [cells(row, rows) for row in rows]))
+    print(render.markdown_table(COLUMNS, [cells(row, rows) for row in rows]))
     print("\n" + "\n".join(notes(rows)))
 
 

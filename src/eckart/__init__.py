@@ -6,7 +6,7 @@ Importing it teaches transformers to load compressed folders (quantization metho
 __version__ = "0.1.0"
 
 from . import linalg
-from .api import compress, evaluate, load, save
+from .api import compress, evaluate, heal, load, save
 from .errors import (
     ConfigError,
     EckartError,
@@ -16,6 +16,7 @@ from .errors import (
     RankError,
     StoreError,
 )
+from .healing import Healing
 from .plugin import densify
 from .recipe import Override, Recipe
 from .stats import collect
@@ -23,6 +24,7 @@ from .stats import collect
 __all__ = [
     "ConfigError",
     "EckartError",
+    "Healing",
     "ModelError",
     "NotFinite",
     "NotPositiveDefinite",
@@ -35,6 +37,7 @@ __all__ = [
     "compress",
     "densify",
     "evaluate",
+    "heal",
     "linalg",
     "load",
     "save",

@@ -1,17 +1,19 @@
 """The whole of eckart in a few calls: compress, save, load, evaluate."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import hub, measure, models, pipeline, recipe, report, text
+from . import hub, measure, mend, models, pipeline, recipe, report, report_healing, text
 from .errors import ConfigError, ModelError
+from .healing import Healing
 from .measure import Comparison, Perplexity
 from .methods import Allocation, Shape
 from .recipe import Of, Override, Recipe
-from .result import Result
+from .result import Healed, Result
 
 Sources = str | Path | Sequence[str | Path]
 
@@ -46,6 +48,10 @@ def compress(
     seed: int | None = None,
     dtype: str | None = None,
     device: str | None = None,
+    foreign_text: Sources | None = None,
+    heal: Healing | None = None,
+    work: str | Path | None = None,
+    cache: str | Path | None = None,
     recipe: Recipe | None = None,
     tokenizer: Any = None,
     watch: Callable[[str, int, int], None] | None = None,
@@ -58,6 +64,10 @@ def compress(
         tokenizer: for a model given as an object, to read text with.
         recipe: where the other arguments start from; those that are given go over it. All of them
             are explained in eckart.recipe.Recipe.
+        heal: refinements after the compression.
+        work: a folder for the state of these, so that an interrupted run goes on to the same result; the
+            caller deletes it.
+        cache: a folder for what the dense model predicts, which later runs take from there.
         watch: called with (stage, done, total).
 
     Returns:
@@ -77,13 +87,79 @@ def compress(
         "overrides": None if overrides is None else tuple(overrides),
         "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed,
         "dtype": dtype, "device": device,
+        "foreign_text": _sources(foreign_text), "heal": heal,
     }  # fmt: skip
     by_name = isinstance(model, (str, Path))
     if by_name:
         given["model"] = str(model)
     resolved = _resolve(recipe, given)
     loaded = pipeline.load_for(resolved) if by_name else _given(model, tokenizer)
-    return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch))
+    ward = mend.Ward(_path(work), _path(cache))
+    return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch), ward)
+
+
+def heal(
+    model: Any,
+    teacher: Any,
+    text: Sources,
+    *,
+    settings: Healing | None = None,
+    eval_text: Sources | None = None,
+    foreign_text: Sources | None = None,
+    eval_tokens: int = 12_288,
+    bos: bool = False,
+    work: str | Path | None = None,
+    cache: str | Path | None = None,
+    tokenizer: Any = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    watch: Callable[[str, int, int], None] | None = None,
+) -> tuple[Any, Healed]:
+    """Bring a compressed model closer to the dense one that it was made of; ranks and widths stay.
+
+    Args:
+        model: a compressed folder, or a model in memory, which is changed in place.
+        teacher: the dense model: a hub id, a folder, a .gguf file, or a model in memory.
+        text: sources to learn from, each `NAME` or `NAME=WEIGHT` (eckart.lessons).
+        settings: which refinements, and how; default: Healing().
+        eval_text: sources to measure perplexity on, before and after; default: none, only the divergence on
+            the last tenth of `text` is measured.
+        foreign_text: sources of another kind to measure on as well.
+        eval_tokens: of each.
+        bos: begin windows with the begin-of-text token.
+        work: a folder for the state, so that an interrupted run goes on to the same result; the caller
+            deletes it.
+        cache: a folder for what the teacher predicts, which later runs take from there.
+        tokenizer: for a model given as an object.
+        dtype: of the output; default: as stored.
+        device: cuda, mps, cpu; default: the first that is there.
+        trust_remote_code: run code that a model brings along.
+        watch: called with (stage, done, total).
+
+    Returns:
+        The model in the output dtype, and what was done.
+
+    Raises:
+        ConfigError: a setting is not legal, or there is too little text.
+        ModelError: the two models do not belong together.
+        StoreError: the state or the cache cannot be used.
+    """
+    options = (None if device is None else str(device), trust_remote_code)
+    own, dense = (_loaded(which, tokenizer, "float32", *options) for which in (model, teacher))
+    stored = own.model.dtype if not isinstance(model, (str, Path)) else own.stored
+    models.cast(own.model, torch.float32)
+    resolved = replace(settings or Healing(), text=_sources(text) or ())
+    return mend.healed(
+        own, dense, resolved,
+        texts=(_sources(eval_text) or (), _sources(foreign_text) or ()),
+        tokens=eval_tokens, bos=bos, ward=mend.Ward(_path(work), _path(cache)),
+        dtype=hub.dtype(dtype) if dtype else stored, watch=watch,
+    )  # fmt: skip
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given)
 
 
 def _resolve(base: Recipe | None, given: dict[str, Any]) -> Recipe:
@@ -99,9 +175,17 @@ def _given(model: Any, tokenizer: Any) -> hub.Loaded:
 
 
 def save(
-    model: Any, tokenizer: Any, out: str | Path, result: Result | None = None, *, overwrite: bool = False
+    model: Any,
+    tokenizer: Any,
+    out: str | Path,
+    result: Result | Healed | None = None,
+    *,
+    source: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a model as a new folder, with card, recipe and report when there is a result.
+
+    `source` is the folder that was healed, whose card and report go along.
 
     Raises:
         StoreError: `out` exists (and `overwrite` is not given, or it is not a model folder).
@@ -109,7 +193,10 @@ def save(
     out = Path(out)
     with hub.new_folder(out, overwrite) as folder:
         hub.write(folder, model, tokenizer)
-        if result is not None:
+        if isinstance(result, Healed):
+            for name, content in report_healing.documents(result, *report_healing.known(source)).items():
+                (folder / name).write_text(content, encoding="utf-8")
+        elif result is not None:
             measured = result.with_file_bytes(hub.weight_bytes(folder))
             for name, content in report.documents(measured, out.name).items():
                 (folder / name).write_text(content, encoding="utf-8")

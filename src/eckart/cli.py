@@ -1,21 +1,23 @@
 """The command line: parse, call, print."""
 
 import json
+import shutil
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
-from . import __version__, api, hub, pipeline, recipe, report
+from . import __version__, api, healing, hub, pipeline, recipe, render, report
+from .bars import Bars
 from .errors import ConfigError, EckartError
+from .healing import Healing
+from .mend import Ward
 from .recipe import Recipe
 from .result import Result
 
@@ -26,7 +28,6 @@ app = typer.Typer(
     help="Find the low-rank structure of a language model and shrink the model by it.",
 )
 INTERRUPTED = 130
-_SECONDS_BETWEEN_LINES = 10
 
 Model = Annotated[str | None, typer.Argument(help="Hub id, folder or .gguf file.")]
 Sources = Annotated[
@@ -38,6 +39,13 @@ Sources = Annotated[
 EvalSources = Annotated[
     list[str] | None,
     typer.Option("--eval-text", help="Text to measure on; default: the last 5 % of --text, left out above."),
+]
+ForeignSources = Annotated[
+    list[str] | None,
+    typer.Option("--foreign-text", help="Text of another kind to measure on as well."),
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder to keep the dense model's predictions in, for later runs.")
 ]
 
 
@@ -57,7 +65,7 @@ def main(
 
 
 @contextmanager
-def _failures() -> Iterator[None]:
+def _failures(interrupted: str = "interrupted: nothing was written") -> Iterator[None]:
     """Turn the errors that users cause into one line and exit code 2, and Ctrl-C into 130."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -66,50 +74,12 @@ def _failures() -> Iterator[None]:
     except EckartError as error:
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        _fail("interrupted: nothing was written", INTERRUPTED)
+        _fail(interrupted, INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:
     Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False, highlight=False)
     raise typer.Exit(code)
-
-
-class _Bars:
-    """Progress on stderr: bars with an estimate of the time left, or lines where there is no terminal."""
-
-    def __init__(self) -> None:
-        self.console = Console(stderr=True)
-        self.progress = Progress(
-            TextColumn("{task.description:<20}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self.tasks: dict[str, TaskID] = {}
-        self.started = self.said = time.monotonic()
-
-    def __enter__(self) -> "_Bars":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def watch(self, stage: str, done: int, total: int) -> None:
-        """Show that `stage` has done `done` of `total`."""
-        if stage not in self.tasks:
-            for task in self.tasks.values():
-                self.progress.update(task, completed=self.progress.tasks[task].total)
-            self.tasks[stage] = self.progress.add_task(stage, total=total)
-            self.started, self.said = time.monotonic(), 0.0
-        self.progress.update(self.tasks[stage], completed=done, total=total)
-        if self.progress.disable and time.monotonic() - self.said > _SECONDS_BETWEEN_LINES:
-            self.said = time.monotonic()
-            left = (self.said - self.started) * (total - done) / done if done else None
-            estimate = "" if left is None else f", {left:.0f} s left"
-            self.console.print(f"{stage}: {done} of {total}{estimate}", highlight=False)
 
 
 @app.command()
@@ -149,6 +119,11 @@ def compress(
     allocation: Annotated[
         str | None, typer.Option(help="uniform or curvature; default: the method's.")
     ] = None,
+    foreign_text: ForeignSources = None,
+    heal: Annotated[
+        bool, typer.Option("--heal", help="Refine afterwards, with default settings or the recipe's.")
+    ] = False,
+    cache: Cache = None,
     include: Annotated[list[str] | None, typer.Option(help="Globs on module names to treat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Globs on module names to leave alone.")] = None,
     multiple: Annotated[
@@ -194,6 +169,7 @@ def compress(
         "method": method, "form": form, "stock": stock, "depth": depth, "landmarks": landmarks,
         "allocation": allocation, "multiple": multiple,
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),
+        "foreign_text": tuple(foreign_text or ()),
         "include": tuple(include or ()), "exclude": tuple(exclude or ()), "tokens": tokens,
         "gradient_tokens": gradient_tokens, "seq_len": seq_len, "eval_tokens": eval_tokens,
         "seed": seed, "labels": labels, "damp": damp, "alpha": alpha, "bos": bos, "dtype": dtype,
@@ -201,6 +177,8 @@ def compress(
     }  # fmt: skip
     with _failures():
         resolved = _recipe(recipe_file, given)
+        if heal and resolved.heal is None:
+            resolved = replace(resolved, heal=Healing())
         if dry_run:
             _print_plan(resolved, as_json)
             return
@@ -210,8 +188,8 @@ def compress(
             raise ConfigError("no --out: name the folder to write, or pass --dry-run to see the plan")
         hub.check_output(out, overwrite, resolved.model)
         resolved.check_text()
-        result = _run(resolved, out, overwrite)
-        _show(report.to_json(result.to_dict()) if as_json else result, as_json)
+        result = _run(resolved, out, overwrite, cache)
+        _show(render.to_json(result.to_dict()) if as_json else result, as_json)
         if not as_json:
             print(f"written to {out}")
 
@@ -232,15 +210,119 @@ def _print_plan(resolved: Recipe, as_json: bool) -> None:
     _show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
 
 
-def _run(resolved: Recipe, out: Path, overwrite: bool) -> Result:
-    with _Bars() as bars:
+def _run(resolved: Recipe, out: Path, overwrite: bool, cache: Path | None) -> Result:
+    work = _work(out)
+    with Bars() as bars:
         bars.watch("load", 0, 1)
         loaded = pipeline.load_for(resolved)
-        model, result = pipeline.finish(resolved, pipeline.prepare(resolved, loaded, bars.watch))
+        prepared = pipeline.prepare(resolved, loaded, bars.watch)
+        model, result = pipeline.finish(resolved, prepared, Ward(work, cache))
         bars.watch("write", 0, 1)
         api.save(model, loaded.tokenizer, out, result, overwrite=overwrite)
         bars.watch("write", 1, 1)
+    shutil.rmtree(work, ignore_errors=True)
     return result.with_file_bytes(hub.weight_bytes(out))
+
+
+def _work(out: Path) -> Path:
+    """Return where a run that writes `out` keeps its state until then."""
+    return out.parent / f".{out.name}.healing"
+
+
+@app.command()
+def heal(
+    model: Annotated[str, typer.Argument(help="The compressed folder.")],
+    teacher: Annotated[str, typer.Option(help="The dense model: hub id, folder or .gguf file.")],
+    text: Annotated[
+        list[str],
+        typer.Option(
+            "--text",
+            help="Text to learn from, NAME or NAME=WEIGHT: a file, a .jsonl, a datasets id, or self: what "
+            "the teacher writes.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
+    refine: Annotated[
+        list[str] | None, typer.Option(help="closed, block, logits, in order; default: closed, logits.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on end to end (250000).")] = None,
+    fit_tokens: Annotated[int | None, typer.Option(help="Tokens for closed and block (32768).")] = None,
+    hold_tokens: Annotated[int | None, typer.Option(help="Tokens to decide on (8192).")] = None,
+    mixture: Annotated[
+        list[float] | None, typer.Option(help="closed: what to try between own map (0) and anchored (1).")
+    ] = None,
+    train: Annotated[
+        str | None, typer.Option(help="factors, blocks (default), all, or adapter on the factors.")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="AdamW's rate (1e-4).")] = None,
+    batch: Annotated[int | None, typer.Option(help="Windows a step, over all devices (1).")] = None,
+    micro: Annotated[int | None, typer.Option(help="Windows at a time on one device (1).")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of both distributions (1).")] = None,
+    text_loss: Annotated[
+        float | None, typer.Option(help="Share of the text's own loss (0): it teaches the domain, too.")
+    ] = None,
+    largest: Annotated[
+        int | None, typer.Option(help="Entries of the teacher's distribution to keep; default: all.")
+    ] = None,
+    adapter_rank: Annotated[int | None, typer.Option(help="Of --train adapter (16).")] = None,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations: less memory."),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or auto: bfloat16 where the device is fast in it.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many evaluations without a new best (4).")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order of the windows (0).")] = None,
+    eval_text: Annotated[
+        list[str] | None, typer.Option(help="Text to measure perplexity on, before and after.")
+    ] = None,
+    foreign_text: ForeignSources = None,
+    eval_tokens: Annotated[int, typer.Option(help="Tokens to measure on (12288).")] = 12_288,
+    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Begin windows with the begin token.")] = False,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="YAML recipe whose heal section is taken."),
+    ] = None,
+    cache: Cache = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the output; default: as stored.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cuda, mps, cpu; default: the first that is there.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code/--no-remote-code", help="Run code that the model brings.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Bring a compressed model closer to the dense one. An interrupted run goes on where it was."""
+    given = {
+        "steps": tuple(refine or ()), "tokens": tokens, "fit_tokens": fit_tokens, "hold_tokens": hold_tokens,
+        "mixtures": tuple(mixture or ()), "train": train, "rate": rate, "batch": batch, "micro": micro,
+        "temperature": temperature, "text_loss": text_loss, "largest": largest, "adapter_rank": adapter_rank,
+        "checkpointing": checkpointing, "precision": precision, "patience": patience, "seq_len": seq_len,
+        "seed": seed,
+    }  # fmt: skip
+    with _failures(f"interrupted: the state is kept in {_work(out)}, the same command goes on from there"):
+        base = {} if recipe_file is None else recipe.read_yaml(recipe_file).get("heal") or {}
+        settings = healing.from_mapping(recipe.override(base, given), "heal")
+        hub.check_output(out, overwrite, model)
+        with Bars() as bars:
+            bars.watch("load", 0, 1)
+            found, done = api.heal(
+                model, teacher, text, settings=settings, eval_text=eval_text, foreign_text=foreign_text,
+                eval_tokens=eval_tokens, bos=bos, work=_work(out), cache=cache, dtype=dtype, device=device,
+                trust_remote_code=trust_remote_code, watch=bars.watch,
+            )  # fmt: skip
+            tokenizer = hub.load_tokenizer(model, trust_remote_code=trust_remote_code)
+            api.save(found, tokenizer, out, done, source=model, overwrite=overwrite)
+        shutil.rmtree(_work(out), ignore_errors=True)
+        _show(render.to_json(done.to_dict()) if as_json else done, as_json)
+        if not as_json:
+            print(f"written to {out}")
 
 
 def _show(what: Any, as_json: bool) -> None:
@@ -275,13 +357,13 @@ def evaluate(
             "tokens": tokens, "seq_len": seq_len, "bos": bos, "dtype": dtype, "device": device,
             "against": against, "trust_remote_code": trust_remote_code,
         }  # fmt: skip
-        with _Bars() as bars:
+        with Bars() as bars:
             bars.watch("load", 0, 1)
             found = api.evaluate(
                 model, text, watch=lambda done, total: bars.watch("evaluate", done, total), **options
             )
         if as_json:
-            print(report.to_json({"model": model, "text": text, **options, "result": asdict(found)}))
+            print(render.to_json({"model": model, "text": text, **options, "result": asdict(found)}))
         else:
             _show(report.evaluation_table(model, found, against), as_json=False)
 

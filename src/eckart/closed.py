@@ -7,7 +7,7 @@ W + t W (E[x x'^T] - E[x' x'^T]) (E[x' x'^T] + damp)^-1, is brought to the form,
 has; t between 0 and 1 is the compromise of SAES-SVD.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,11 @@ def refit(
     theirs = [original.entry(window) for window in windows]
     for index, block in enumerate(own.names):
         names = list(linears(student, block))
-        for group in stages(own, index, mine[0], names):
-            gram, cross = _moments(own, original, index, mine, theirs, group[0])
+        groups = stages(own, index, mine[0], names)
+        dense_reads = [dict(original.reads(index, hidden, [g[0] for g in groups])) for hidden in theirs]
+        for group in groups:
+            wanted = (reads[group[0]] for reads in dense_reads)
+            gram, cross = _moments(own, index, mine, wanted, group[0])
             for name in group:
                 _solve(student, dense, name, gram, cross, mixture, metrics, damp)
         mine = [own.run(index, hidden) for hidden in mine]
@@ -113,12 +116,15 @@ def refit(
 
 
 def _moments(
-    own: Chain, original: Chain, index: int, mine: Sequence[Tensor], theirs: Sequence[Tensor], name: str
+    own: Chain, index: int, mine: Sequence[Tensor], theirs: Iterable[Tensor], name: str
 ) -> tuple[Tensor, Tensor]:
-    """Return E[x' x'^T] (n', n') and E[x x'^T] (n, n') of the module `name`, in float64."""
+    """Return E[x' x'^T] (n', n') and E[x x'^T] (n, n') of the module `name`, in float64.
+
+    `mine` is what its block gets, `theirs` what the module reads in the dense model.
+    """
     gram, cross, count = torch.zeros(()), torch.zeros(()), 0
     for now, then in zip(mine, theirs, strict=True):
-        rows, dense = own.read(index, now, name), original.read(index, then, name)
+        rows, dense = own.read(index, now, name), then.reshape(-1, then.shape[-1]).float()
         gram = gram.to(rows.device) + rows.T @ rows
         cross = cross.to(rows.device) + dense.T @ rows
         count += len(rows)

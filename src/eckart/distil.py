@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from . import measure, models
+from . import measure
 from .checkpoint import Checkpoint
 from .divergence import divergence
-from .errors import ConfigError, ModelError
-from .healing import Healing, Train
+from .errors import ConfigError
+from .healing import Healing
 from .lessons import Lessons
 from .teacher import Teacher
+from .training import adapted, around, trained_names, training
 
 _LOST = 1.5
 """A run whose held-out divergence is this many times what it was at the start has diverged."""
@@ -75,118 +76,10 @@ class Course:
         return self.ended.startswith("diverged")
 
 
-def precision(healing: Healing, device: torch.device) -> torch.dtype:
-    """Return the dtype to multiply in: bfloat16 where the device has it in hardware, if it is not given."""
-    if healing.precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[healing.precision]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported()
-    else:
-        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        fast = device.type == "cpu" and bool(known.get("amx_bf16"))
-    return torch.bfloat16 if fast else torch.float32
-
-
-def around(healing: Healing, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
-    """Return the context to compute in."""
-    dtype = precision(healing, device)
-    if dtype == torch.float32:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, dtype)
-
-
-def trained_names(model: nn.Module, train: Train) -> list[str]:
-    """Return the names of the parameters that `train` says.
-
-    Raises:
-        ModelError: there is none, since no module of the model was made smaller.
-    """
-    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
-    if train == "all":
-        return names
-    if train == "blocks":
-        blocks = models.block_names(model)
-        return [name for name in names if models.owner(name, blocks)]
-    smaller = models.low_rank_modules(model)
-    if not smaller:
-        raise ModelError(
-            "no module of the model is low-rank or narrow: nothing to train with train 'factors' or "
-            "'adapter'; use train 'blocks' or 'all'"
-        )
-    return [name for name in names if models.owner(name, smaller)]
-
-
-@contextlib.contextmanager
-def _adapted(model: Any, healing: Healing) -> Iterator[Any]:
-    """Give a model with a LoRA adapter on the factors, and merge the adapter when the body ends."""
-    try:
-        import peft
-    except ImportError as error:
-        raise ConfigError("train 'adapter' needs PEFT: pip install 'eckart[peft]'") from error
-    trained_names(model, "adapter")
-    smaller, rank = models.low_rank_modules(model), healing.adapter_rank
-    inner = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (name in smaller or models.owner(name, smaller))
-    ]
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=inner)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(healing.seed)
-        adapted = peft.get_peft_model(model, config)
-    try:
-        yield adapted
-    finally:
-        adapted.merge_and_unload()
-
-
-@contextlib.contextmanager
-def _training(model: nn.Module, names: Sequence[str], healing: Healing) -> Iterator[dict[str, nn.Parameter]]:
-    """Let the named parameters learn; give everything back as it was. Dropout stays off."""
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    chosen = set(names)
-    modes = {module: module.training for module in model.modules()}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in chosen)
-    model.eval()
-    if healing.checkpointing:
-        _recompute(model)
-    try:
-        yield {name: parameter for name, parameter in model.named_parameters() if name in chosen}
-    finally:
-        if healing.checkpointing:
-            _keep(model)
-        for module, mode in modes.items():
-            module.training = mode
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])
-            parameter.grad = None
-
-
-def _recompute(model: Any) -> None:
-    """Recompute the activations of the blocks on the way back; only they must be in training mode."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ModelError(f"{type(model).__name__} cannot recompute activations: leave out checkpointing")
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    for name in models.block_names(model):
-        model.get_submodule(name).training = True
-
-
 def _rows(model: Any, window: Tensor) -> Tensor:
     """Return the logits (seq_len - 1, v) after each token of `window` but the last."""
     logits: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1]
     return logits
-
-
-def _keep(model: Any) -> None:
-    """Keep the activations again."""
-    if hasattr(model, "activation_checkpointing_disable"):
-        model.activation_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_disable()
 
 
 @torch.no_grad()
@@ -237,14 +130,14 @@ def distil(
         teacher_model.to(place), healing.temperature, healing.largest, cache, around(healing, place)
     )
     student.to(place)
-    adapter = _adapted(student, healing) if healing.train == "adapter" else contextlib.nullcontext(student)
+    adapter = adapted(student, healing) if healing.train == "adapter" else contextlib.nullcontext(student)
     with adapter as model:
         names = (
             [name for name, parameter in model.named_parameters() if parameter.requires_grad]
             if healing.train == "adapter"
             else trained_names(model, healing.train)
         )
-        with _training(model, names, healing) as parameters:
+        with training(model, names, healing) as parameters:
             run = _Run(accelerator, model, teacher, lessons, healing, parameters, checkpoint, watch)
             return run.go()
 

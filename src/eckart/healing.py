@@ -1,8 +1,10 @@
 """How a compressed model is brought back towards the dense one: the settings, as one frozen value."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from .construct import construct
 from .errors import ConfigError
 
 Refinement = Literal["closed", "block", "logits"]
@@ -23,6 +25,8 @@ class Healing:
     """Which refinements, in which order, and how. Ranks and widths stay as they are.
 
     Args:
+        text: sources to learn from, `NAME` or `NAME=WEIGHT` (eckart.lessons); default: the text that the
+            compression is calibrated on.
         steps: any of `closed` (least squares, block by block), `block` (each block's output matched by
             gradient descent) and `logits` (the next-token distribution of the dense model matched end
             to end).
@@ -55,6 +59,7 @@ class Healing:
         ConfigError: a value is not legal.
     """
 
+    text: tuple[str, ...] = ()
     steps: tuple[Refinement, ...] = ("closed", "logits")
     tokens: int = 250_000
     hold_tokens: int = 8_192
@@ -109,6 +114,24 @@ class Healing:
         return max(1, self.tokens // (self.seq_len * self.batch))
 
 
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """What one refinement did: divergence from the dense model on held-out text, nats per token.
+
+    `gain` tells whether `after` is below `before` by more than the standard error of the difference; if it is
+    not, the refinement was taken back. `tokens` were learned from, repeats counted.
+    """
+
+    step: Refinement
+    before: float
+    after: float
+    gain: bool
+    tokens: int
+    seconds: float
+    detail: str
+    curve: tuple[tuple[int, float], ...] = ()
+
+
 def _check(
     name: str, value: Any, kind: type, least: float, *, most: float | None = None, above: bool = False
 ) -> None:
@@ -122,20 +145,16 @@ def _check(
     raise ConfigError(f"{name} {value!r}: must be {'a whole number' if kind is int else 'a number'} {bound}")
 
 
-def names() -> list[str]:
-    """Return the settings that there are."""
-    return [field.name for field in fields(Healing)]
-
-
-def from_mapping(values: dict[str, Any]) -> Healing:
-    """Return the settings that `values`, of which every key is one of `names`, describe; lists will do.
+def from_mapping(values: Mapping[str, Any], where: str = "heal") -> Healing:
+    """Return the settings that `values` describe; lists, and single values for lists, will do.
 
     Raises:
-        ConfigError: a value is not legal.
+        ConfigError: an unknown key (with a suggestion) or an illegal value.
     """
     made = dict(values)
-    for name in ("steps", "mixtures"):
+    for name in ("text", "steps", "mixtures"):
         if name in made:
             found = made[name]
             made[name] = tuple(found) if isinstance(found, (list, tuple)) else (found,)
-    return Healing(**made)
+    settings: Healing = construct(Healing, made, where)
+    return settings

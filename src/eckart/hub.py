@@ -186,7 +186,7 @@ def load(
     if not extra:
         options["use_safetensors"] = True
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except StoreError:
         raise
@@ -196,6 +196,12 @@ def load(
         _forget_gguf(model)
     models.cast(model, compute or compute_dtype(stored, place))
     return Loaded(model.to(place).eval(), tokenizer, source, stored, source_bytes(source))
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer of the model at `source`."""
+    where, extra = _where(source)
+    return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code, **extra)
 
 
 def _stored_dtype(config: Any) -> torch.dtype:

@@ -66,6 +66,7 @@ def read(
     *,
     written: Tensor | None = None,
     bos: bool = False,
+    spare: float = 0.0,
 ) -> Lessons:
     """Read `sources` (`NAME` or `NAME=WEIGHT`) and draw windows in proportion to their weights.
 
@@ -75,6 +76,7 @@ def read(
         tokenizer: of the model.
         written: ... which is given here: (k, seq_len).
         bos: begin each window with the tokenizer's begin-of-text token.
+        spare: the share at the end of each source that is left out altogether.
 
     Raises:
         ConfigError: a source cannot be read, or is too short to leave a tenth aside.
@@ -83,7 +85,7 @@ def read(
     if not parsed:
         raise ConfigError("healing needs text: give at least one source")
     begin = text.begin_token(tokenizer, bos)
-    parts = [_split(source, healing, tokenizer, written, begin) for source in parsed]
+    parts = [_split(source, healing, tokenizer, written, begin, spare) for source in parsed]
     lengths = {rows.shape[1] for part in parts for rows in part}
     if len(lengths) > 1:
         raise ConfigError(f"a text is shorter than one window of {healing.seq_len} tokens: lower seq_len")
@@ -99,7 +101,7 @@ def read(
 
 
 def _split(
-    source: Source, healing: Healing, tokenizer: Any, written: Tensor | None, begin: int | None
+    source: Source, healing: Healing, tokenizer: Any, written: Tensor | None, begin: int | None, spare: float
 ) -> tuple[Tensor, Tensor]:
     """Return the windows of one source to learn from, and those of its last tenth."""
     if source.name == SELF:
@@ -110,6 +112,7 @@ def _split(
             raise ConfigError("the source 'self' needs at least two windows: raise tokens")
         return written[:cut], written[cut:]
     tokens = text.tokenize(text.read(source.name, tokenizer), tokenizer)
+    tokens = tokens[: len(tokens) - int(len(tokens) * spare)]
     cut = int(len(tokens) * (1 - HELD_OUT))
     return (
         text.windows(tokens[:cut], healing.seq_len, begin, f"{source.name} without its last tenth"),

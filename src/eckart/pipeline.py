@@ -3,10 +3,11 @@
 Stages are values: statistics -> decompositions -> choices -> modules.
 """
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,11 +22,13 @@ from . import (
     hub,
     measure,
     memory,
+    mend,
     models,
     plugin,
     rebuild,
     selection,
     stock,
+    text,
     windows,
 )
 from .budget import Choice
@@ -34,10 +37,11 @@ from .dimensions import Dimension
 from .errors import ModelError, NotFinite
 from .factorize import Decomposed, factor
 from .heads import Heads
+from .healing import Refined
 from .linalg import check_matrix
 from .models import Target
-from .recipe import Recipe
-from .result import Result, Sizes
+from .recipe import Recipe, to_yaml
+from .result import Module, Quality, Result, Sizes
 from .windows import Windows
 
 _DEPTH_WINDOWS = 2
@@ -123,6 +127,7 @@ class Prepared:
     before: Sizes
     texts: Windows
     dense: measure.Perplexity | None
+    dense_foreign: measure.Perplexity | None
     calibrated: Calibrated
     run: _Run
 
@@ -151,6 +156,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
             measure.check_length(model, recipe.seq_len)
             measure.check_causal(model)
     dense = _measure(run, "measure dense", model, texts.held_out)
+    dense_foreign = _measure(run, "measure dense", model, texts.foreign)
     with run.stage("calibrate") as progress:
         calibrated = _calibrated(recipe, model, found, texts.calibration, progress)
     blocks: dict[str, float] = {}
@@ -162,7 +168,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
         run.warnings.extend(lacking)
     before = _sizes(model, found, output_dtype(recipe, loaded.stored))
     decomposed = Decomposed(parts, narrowable, attentions, blocks)
-    return Prepared(loaded, found, decomposed, before, texts, dense, calibrated, run)
+    return Prepared(loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run)
 
 
 def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
@@ -189,40 +195,34 @@ def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> li
     return verified
 
 
-def finish(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
+def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) -> tuple[Any, Result]:
     """Choose ranks and widths for the budget of `recipe`, put the modules into the model and measure it.
 
     The model is the one that was prepared, changed in place; one with fewer blocks, or a stock model,
     is a new one. It ends in the output dtype. `recipe` may differ from the one that was prepared in its
-    budget, allocation, overrides and dtype, and in its form where that needs no other decompositions.
+    budget, allocation, overrides and dtype, in its form where that needs no other decompositions, and in
+    how it heals. `ward` says where healing keeps its state.
 
     Raises:
         RankError: the budget cannot be reached.
         NotFinite: a factor does not fit the output dtype, or the model's logits are not finite.
     """
-    loaded, run, found = prepared.loaded, prepared.run, prepared.found
-    model, dtype = loaded.model, output_dtype(recipe, loaded.stored)
-    limit = _limit(recipe, model, found, loaded.stored)
-    with run.stage("choose") as progress:
-        choices = selection.choose(
-            recipe, limit, model, found, prepared.decomposed, prepared.texts.trial, progress
-        )
-    with run.stage("replace") as progress:
-        made = assemble.build_modules(model, choices, prepared.decomposed, dtype, progress)
-        assemble.put(model, made)
-        modules = assemble.rows(choices, prepared.decomposed)
-    dropped = selection.dropped(prepared.decomposed, choices)
-    if recipe.stock:
-        model = stock.build(model, choices, prepared.decomposed.dimensions, dropped)
-    elif dropped:
-        model = rebuild.without_blocks(model, dropped)
-    found = rebuild.moved(found, loaded.model, dropped)
-    plugin.mark(model)
+    loaded, run = prepared.loaded, prepared.run
+    dtype, texts = output_dtype(recipe, loaded.stored), prepared.texts
+    original = copy.deepcopy(loaded.model) if recipe.heal is not None else None
+    model, found, modules = _made(recipe, prepared)
+    one_shot, foreign = None, None
+    healing: tuple[Refined, ...] = ()
+    if original is not None:
+        one_shot = _measure(run, "measure one shot", model, texts.held_out)
+        foreign = _measure(run, "measure one shot", model, texts.foreign)
+        healing = _healed(recipe, prepared, model, original, ward)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     computed = model.dtype
     after = _sizes(models.cast(model, dtype), found, dtype)
     _check_fits(model, dtype)
-    compressed = _measure(run, "measure compressed", models.cast(model, computed), prepared.texts.held_out)
+    compressed = _measure(run, "measure compressed", models.cast(model, computed), texts.held_out)
+    elsewhere = _measure(run, "measure compressed", model, texts.foreign)
     models.cast(model, dtype)
     predicted = sum(module.loss for module in modules)
     return model, Result(
@@ -236,14 +236,65 @@ def finish(recipe: Recipe, prepared: Prepared) -> tuple[Any, Result]:
         source_bytes=loaded.bytes,
         dense=prepared.dense,
         compressed=compressed,
-        held_out=prepared.texts.own_text,
+        held_out=texts.own_text,
         predicted_increase=predicted if recipe.resolved_method().outputs == "gradient" else None,
         calibration_tokens=prepared.calibrated.tokens,
         gradient_tokens=prepared.calibrated.gradient_tokens,
         seconds=dict(run.seconds),
         peak_memory=memory.peak_bytes(model.device),
         warnings=list(run.warnings),
+        one_shot=one_shot,
+        foreign=_quality(prepared.dense_foreign, foreign, elsewhere),
+        healing=healing,
     )
+
+
+def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module]]:
+    """Choose, and put the modules into the model; return it, its targets and what became of them."""
+    run, found, model = prepared.run, prepared.found, prepared.loaded.model
+    dtype = output_dtype(recipe, prepared.loaded.stored)
+    limit = _limit(recipe, model, found, prepared.loaded.stored)
+    with run.stage("choose") as progress:
+        choices = selection.choose(
+            recipe, limit, model, found, prepared.decomposed, prepared.texts.trial, progress
+        )
+    with run.stage("replace") as progress:
+        made = assemble.build_modules(model, choices, prepared.decomposed, dtype, progress)
+        assemble.put(model, made)
+        modules = assemble.rows(choices, prepared.decomposed)
+    dropped = selection.dropped(prepared.decomposed, choices)
+    if recipe.stock:
+        model = stock.build(model, choices, prepared.decomposed.dimensions, dropped)
+    elif dropped:
+        model = rebuild.without_blocks(model, dropped)
+    plugin.mark(model)
+    return model, rebuild.moved(found, prepared.loaded.model, dropped), modules
+
+
+def _healed(
+    recipe: Recipe, prepared: Prepared, model: Any, original: Any, ward: mend.Ward | None
+) -> tuple[Refined, ...]:
+    """Bring `model`, in place, closer to the `original`."""
+    assert recipe.heal is not None
+    healing = recipe.heal if recipe.heal.text else replace(recipe.heal, text=recipe.text)
+    found = mend.run(
+        model, original, prepared.loaded.tokenizer, healing,
+        bos=recipe.bos,
+        # The end of the text is measured on where there is no other text for that.
+        spare=text.HELD_OUT if prepared.texts.own_text else 0.0,
+        started=(to_yaml(recipe),),
+        ward=ward,
+        watch=prepared.run.watch,
+    )  # fmt: skip
+    for step in found:
+        prepared.run.seconds[f"heal: {step.step}"] = step.seconds
+    return tuple(found)
+
+
+def _quality(
+    dense: measure.Perplexity | None, one_shot: measure.Perplexity | None, now: measure.Perplexity | None
+) -> Quality | None:
+    return None if dense is None or now is None else Quality(dense, one_shot or now, now)
 
 
 def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,15 +1,16 @@
 """The recipe: everything that decides a compression, as one frozen value and as strict YAML."""
 
-import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from . import methods
+from . import healing, methods
+from .construct import construct
 from .errors import ConfigError
+from .healing import Healing
 from .methods import ALLOCATIONS, SHAPES, Allocation, Method, Shape
 from .ranks import Energy, Fixed, Keep
 from .width import LANDMARKS, Landmarks
@@ -19,7 +20,7 @@ Labels = Literal["text", "sampled"]
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _STOCK_MULTIPLE = 32
 _BUDGETS = ("keep", "size", "rank", "energy")
-_LISTS = ("text", "eval_text", "include", "exclude", "overrides")
+_LISTS = ("text", "eval_text", "foreign_text", "include", "exclude", "overrides")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "of": ("model", "linears"),
     "labels": ("text", "sampled"),
@@ -92,6 +93,8 @@ class Recipe:
         landmarks: how the units to keep of a hidden dimension are chosen; default: the method's.
         text: sources to calibrate on (eckart.text.read).
         eval_text: sources to measure on; default: the last 5 % of each of `text`, left out above.
+        foreign_text: sources of another kind to measure on as well: calibration on one domain costs others.
+        heal: refinements after the compression (eckart.healing.Healing); default: none.
         include: globs on module names that replace the default choice of matrices.
         exclude: globs on module names to leave alone.
         overrides: rules for single modules; the last that matches wins.
@@ -128,6 +131,8 @@ class Recipe:
     landmarks: Landmarks | None = None
     text: tuple[str, ...] = ()
     eval_text: tuple[str, ...] = ()
+    foreign_text: tuple[str, ...] = ()
+    heal: Healing | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: tuple[Override, ...] = ()
@@ -202,6 +207,8 @@ class Recipe:
 
     def check_text(self) -> None:
         """Raise ConfigError if the method looks at data and there is none: a run needs it, no plan does."""
+        if self.heal is not None and not (self.heal.text or self.text):
+            raise ConfigError("heal learns from text: give text")
         if self.resolved_method().needs_text and not self.text:
             raise ConfigError(
                 f"method {self.method!r} looks at data: give text to calibrate on, or use method svd"
@@ -250,22 +257,6 @@ def parse_size(size: int | str) -> int:
     return value
 
 
-def _suggest(key: str, legal: list[str]) -> str:
-    close = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"legal are {', '.join(legal)}"
-
-
-def _construct(kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    legal = [field.name for field in fields(kind)]
-    for key in values:
-        if key not in legal:
-            raise ConfigError(f"{where}: unknown key {key!r}: {_suggest(str(key), legal)}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
 def from_mapping(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Return the recipe that `values` describe.
 
@@ -277,10 +268,15 @@ def from_mapping(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         found = values.get(name, ())
         values[name] = (found,) if isinstance(found, (str, Mapping)) else tuple(found or ())
     values["overrides"] = tuple(
-        item if isinstance(item, Override) else _construct(Override, item, f"{where}: overrides")
+        item if isinstance(item, Override) else construct(Override, item, f"{where}: overrides")
         for item in values["overrides"]
     )
-    recipe: Recipe = _construct(Recipe, values, where)
+    heal = values.get("heal")
+    if isinstance(heal, Mapping):
+        values["heal"] = healing.from_mapping(heal, f"{where}: heal")
+    elif heal is not None and not isinstance(heal, Healing):
+        raise ConfigError(f"{where}: heal must be a mapping of settings, got {heal!r}")
+    recipe: Recipe = construct(Recipe, values, where)
     return recipe
 
 
@@ -307,8 +303,20 @@ def to_yaml(recipe: Recipe) -> str:
     for override in values["overrides"]:
         for key in [key for key, value in override.items() if value in (None, False)]:
             del override[key]
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    values = _listed(values)
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def _listed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with lists for tuples, as YAML has them."""
+    return {
+        key: list(value)
+        if isinstance(value, tuple)
+        else _listed(value)
+        if isinstance(value, Mapping)
+        else value
+        for key, value in values.items()
+    }
 
 
 def override(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

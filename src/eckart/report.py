@@ -1,21 +1,19 @@
 """Show a plan, a result or an evaluation: rich tables, Markdown model card, JSON. Pure rendering."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
-from . import environment
+from . import environment, report_healing
 from .budget import Choice
 from .hub import MB
 from .measure import Comparison, Perplexity
 from .pipeline import Plan
 from .recipe import Recipe, to_yaml
+from .render import markdown_table, table, to_json
 from .result import Result
 
 SizeRow = tuple[str, str, str, str]
@@ -91,6 +89,15 @@ def quality_rows(result: Result) -> list[SizeRow]:
     ]
     if result.predicted_increase is not None:
         rows.append(("  predicted from curvature", "", "", f"{result.predicted_increase:+.4f}"))
+    if result.one_shot is not None:
+        shot = result.one_shot.perplexity
+        rows.append(("  before healing", "", f"{shot:.2f}", f"x {shot / dense.perplexity:.3f}"))
+    if result.foreign is not None:
+        other, now = result.foreign.dense.perplexity, result.foreign.compressed.perplexity
+        rows.append(("perplexity on foreign text", f"{other:.2f}", f"{now:.2f}", f"x {now / other:.3f}"))
+        if result.healing:
+            shot = result.foreign.one_shot.perplexity
+            rows.append(("  before healing", "", f"{shot:.2f}", f"x {shot / other:.3f}"))
     return rows
 
 
@@ -111,6 +118,8 @@ def remarks(result: Result) -> list[str]:
             f"{kept_dense} of {len(result.modules)} matrices gain nothing at this budget and stay dense"
         )
     found += _quality_remarks(result)
+    if result.recipe.heal is not None:
+        found += report_healing.remarks(result.recipe.heal, result.healing, result.foreign)
     return found
 
 
@@ -125,7 +134,8 @@ def _quality_remarks(result: Result) -> list[str]:
         found.append(f"measured on {names}")
     if result.compressed.predicted < _FEW_TOKENS:
         found.append(f"{result.compressed.predicted:,} tokens are too few for a reliable perplexity")
-    increase, predicted = result.compressed.loss - result.dense.loss, result.predicted_increase
+    shot = result.one_shot or result.compressed
+    increase, predicted = shot.loss - result.dense.loss, result.predicted_increase
     if predicted is not None and increase > _FAR_OFF * predicted:
         found.append(
             "the loss rose far more than predicted: the prediction is of second order, for small losses"
@@ -133,20 +143,14 @@ def _quality_remarks(result: Result) -> list[str]:
     return found
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 def renderable(result: Result) -> RenderableType:
     """Return the tables that end a run."""
     rows = [*size_rows(result), *quality_rows(result)]
     title = f"{result.source}: method {result.recipe.method}, {_budget(result)}"
-    parts: list[RenderableType] = [_table(title, ("", "before", "after", "share"), rows)]
+    parts: list[RenderableType] = [table(title, ("", "before", "after", "share"), rows)]
+    if result.healing:
+        steps = report_healing.step_rows(result.healing)
+        parts.append(table("healing", report_healing.STEP_COLUMNS, steps))
     parts += [Text(f"note: {remark}") for remark in remarks(result)]
     if result.calibration_tokens:
         parts.append(Text(calibration_line(result)))
@@ -166,14 +170,6 @@ def calibration_line(result: Result) -> str:
         f"calibration: {result.calibration_tokens:,} tokens{with_gradients}; moments summed in float32, "
         f"damped by {result.recipe.damp:g} of their mean diagonal"
     )
-
-
-def plain(renderable: RenderableType, width: int = 120) -> str:
-    """Return `renderable` as text without colour."""
-    console = Console(width=width, color_system=None)
-    with console.capture() as captured:
-        console.print(renderable)
-    return captured.get()
 
 
 def _budget(result: Result) -> str:
@@ -209,7 +205,7 @@ def plan_table(plan: Plan) -> RenderableType:
     rest = whole - before
     rows.append((f"{len(plan.choices)} linears", "", "", f"{before:,}", "?" if unknown else f"{after:,}"))
     rows.append(("model", "", "", f"{whole:,}", "?" if unknown else f"{rest + after:,}"))
-    return _table(title, ("module", "shape", "rank or width", "before", "after"), rows)
+    return table(title, ("module", "shape", "rank or width", "before", "after"), rows)
 
 
 def _becomes(choice: Choice) -> str:
@@ -244,31 +240,20 @@ def evaluation_table(name: str, found: Perplexity | Comparison, against: str | N
     if isinstance(found, Comparison):
         rows.append(_perplexity_row(against or "reference", found.reference))
     protocol = f"{own.predicted:,} tokens predicted in {own.windows} windows of {own.seq_len}, {own.dtype}"
-    table = _table(protocol, ("model", "perplexity", "loss", "standard error"), rows)
+    found_rows = table(protocol, ("model", "perplexity", "loss", "standard error"), rows)
     if not isinstance(found, Comparison):
-        return table
+        return found_rows
     error = "" if found.standard_error is None else f" +- {found.standard_error:.4f} (paired)"
     line = (
         f"loss minus that of the reference {found.difference:+.4f}{error}, "
         f"KL(reference || model) {found.kl:.4f} nats per token, top-1 agreement {found.agreement:.1%}"
     )
-    return Group(table, Text(line))
+    return Group(found_rows, Text(line))
 
 
 def _perplexity_row(name: str, found: Perplexity) -> tuple[str, str, str, str]:
     error = "" if found.standard_error is None else f"{found.standard_error:.4f}"
     return name, f"{found.perplexity:.3f}", f"{found.loss:.4f}", error
-
-
-def to_json(values: Mapping[str, Any]) -> str:
-    """Return `values` with the environment as JSON text."""
-    return json.dumps({**values, "environment": environment.describe()}, indent=2, default=str)
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def model_card(result: Result, folder: str) -> str:
@@ -284,7 +269,7 @@ def model_card(result: Result, folder: str) -> str:
 {markdown_table(("", "before", "after", "share"), rows)}
 
 {calibration_line(result)}
-
+{_healing_section(result)}
 Notes:
 
 {notes}
@@ -300,6 +285,13 @@ the recipe names its files as they were given then:
 ```yaml
 {to_yaml(_without_folders(result.recipe))}```
 """
+
+
+def _healing_section(result: Result) -> str:
+    if not result.healing:
+        return ""
+    rows = markdown_table(report_healing.STEP_COLUMNS, report_healing.step_rows(result.healing))
+    return f"\nHealing, divergence from the dense model in nats per token of held-out text:\n\n{rows}\n"
 
 
 def _card_head(result: Result, folder: str) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .healing import Healing, Refined
 from .measure import Perplexity
 from .recipe import Recipe
 
@@ -43,13 +44,24 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
+class Quality:
+    """Perplexity on one text: of the dense model, before healing (`one_shot`), and at the end."""
+
+    dense: Perplexity
+    one_shot: Perplexity
+    compressed: Perplexity
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """Everything that the report says.
 
     `source_bytes` is the size of the input's weight files, `file_bytes` that of the output's, both
     measured (None where there are none). `predicted_increase` estimates the loss increase per
     token from the curvature of the calibration loss, None for methods without gradients.
-    `seconds` are per stage, `peak_memory` in bytes.
+    `compressed` is measured at the end, `one_shot` before the refinements in `healing` (None where there
+    are none), and `foreign` is the same for a text of another kind. `seconds` are per stage,
+    `peak_memory` in bytes.
     """
 
     recipe: Recipe
@@ -70,6 +82,9 @@ class Result:
     peak_memory: Mapping[str, int]
     warnings: list[str]
     file_bytes: int | None = None
+    one_shot: Perplexity | None = None
+    foreign: Quality | None = None
+    healing: tuple[Refined, ...] = ()
 
     @property
     def keep_linears(self) -> float:
@@ -93,12 +108,44 @@ class Result:
 
     def __str__(self) -> str:
         """Show the result as plain text tables."""
-        from .report import plain
+        from .render import plain
 
-        return plain(renderable=self)
+        return plain(self)
 
     def __rich__(self) -> "RenderableType":
         """Show the result as tables."""
         from .report import renderable
 
         return renderable(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Healed:
+    """What healing a compressed model did; `quality` and `foreign` are None where nothing was measured."""
+
+    source: str
+    teacher: str
+    settings: Healing
+    steps: tuple[Refined, ...]
+    quality: Quality | None
+    foreign: Quality | None
+    dtype: str
+    seconds: Mapping[str, float]
+    peak_memory: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as plain JSON values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """Show it as plain text tables."""
+        from .render import plain
+        from .report_healing import healed_table
+
+        return plain(healed_table(self))
+
+    def __rich__(self) -> "RenderableType":
+        """Show it as tables."""
+        from .report_healing import healed_table
+
+        return healed_table(self)

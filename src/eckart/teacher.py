@@ -22,6 +22,11 @@ LARGEST = 256
 Around = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
+def digest_bytes(values: bytes) -> str:
+    """Return a digest of `values`."""
+    return hashlib.blake2b(values, digest_size=16).hexdigest()
+
+
 def digest(model: Any) -> str:
     """Return a digest of all weights of `model`, and of its class."""
     found = hashlib.blake2b(type(model).__name__.encode(), digest_size=16)
@@ -69,8 +74,8 @@ class Teacher:
         """
         if self._folder is None:
             return self._computed(window)
-        ids = hashlib.blake2b(window.to("cpu", torch.int64).numpy().tobytes(), digest_size=16)
-        file = self._folder / f"{ids.hexdigest()}.safetensors"
+        ids = digest_bytes(window.to("cpu", torch.int64).numpy().tobytes())
+        file = self._folder / f"{ids}.safetensors"
         if not file.exists():
             found = self._computed(window)
             _write(file, found)

@@ -158,3 +158,14 @@ def load(text: Sequence[str | Path], eval_text: Sequence[str | Path], tokenizer:
         torch.cat([part[cut:] for part, cut in zip(parts, cuts, strict=True)]),
         held_out=True,
     )
+
+
+def shares(
+    sources: Sequence[str], tokenizer: Any, tokens: int, seq_len: int, bos: bool, what: str
+) -> Tensor | None:
+    """Return windows of the first tokens of each source, `tokens` shared evenly; None without sources."""
+    if not sources:
+        return None
+    parts = [tokenize(read(source, tokenizer), tokenizer) for source in sources]
+    found = torch.cat([part[: max(2, tokens // len(parts))] for part in parts])
+    return windows(found, seq_len, begin_token(tokenizer, bos), what)

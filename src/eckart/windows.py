@@ -21,6 +21,7 @@ class Windows:
     trial: of the same text, to choose between ways of compressing; not among `calibration` where the
         text is long enough.
     held_out: to measure on; never part of the others.
+    foreign: to measure on, of another kind.
     own_text: whether `held_out` is the end of the text that was calibrated on.
     """
 
@@ -28,6 +29,7 @@ class Windows:
     trial: Tensor | None
     held_out: Tensor | None
     own_text: bool
+    foreign: Tensor | None = None
 
 
 def read(recipe: Recipe, tokenizer: Any, warnings: list[str]) -> Windows:
@@ -37,17 +39,20 @@ def read(recipe: Recipe, tokenizer: Any, warnings: list[str]) -> Windows:
         ModelError: there is text and no tokenizer.
         ConfigError: a source cannot be read, or is too short.
     """
-    if not recipe.text and not recipe.eval_text:
-        return Windows(None, None, None, False)
-    if tokenizer is None:
+    if tokenizer is None and (recipe.text or recipe.eval_text or recipe.foreign_text):
         raise ModelError("text needs a tokenizer: pass tokenizer=")
+    foreign = text.shares(
+        recipe.foreign_text, tokenizer, recipe.eval_tokens, recipe.seq_len, recipe.bos, "the foreign text"
+    )
+    if not recipe.text and not recipe.eval_text:
+        return Windows(None, None, None, False, foreign)
     bos = text.begin_token(tokenizer, recipe.bos)
     texts = text.load(recipe.text or recipe.eval_text, recipe.eval_text, tokenizer)
     held_out = text.windows(
         texts.evaluation[: recipe.eval_tokens], recipe.seq_len, bos, "the text to measure on"
     )
     if not recipe.text:
-        return Windows(None, None, held_out, False)
+        return Windows(None, None, held_out, False, foreign)
     rows = text.windows(texts.calibration, recipe.seq_len, bos, "the text to calibrate on")
     wanted = max(1, recipe.tokens // rows.shape[1])
     if len(rows) < wanted:
@@ -58,4 +63,4 @@ def read(recipe: Recipe, tokenizer: Any, warnings: list[str]) -> Windows:
     chosen, spare = shuffled[:wanted].sort().values, shuffled[wanted:]
     count = max(1, _TRIAL_TOKENS // rows.shape[1])
     trial = torch.cat([spare, chosen])[:count]
-    return Windows(rows[chosen], rows[trial], held_out, texts.held_out)
+    return Windows(rows[chosen], rows[trial], held_out, texts.held_out, foreign)

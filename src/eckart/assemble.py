@@ -1,6 +1,7 @@
 """From choices to modules: build what was chosen out of the decompositions and put it into the model."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from .budget import Choice
 from .dimensions import Dimension
 from .embeddings import FactoredEmbedding, build_embedding, tied_head
 from .factorize import Decomposed, Part
-from .factors import FORMS, LowRank, PartialLinear, build
+from .factors import FORMS, FactoredLinear, LowRank, PartialLinear, PivotedLinear, build, parameters
 from .heads import Heads, PairNarrowing, ValueNarrowing, places
 from .linalg import WeightedSVD
 from .result import Module
@@ -32,7 +33,10 @@ def build_modules(
     by_reader = {dimension.reader: dimension for dimension in found.dimensions}
     for done, choice in enumerate(choices, 1):
         name = choice.target.name
-        if choice.form in FORMS:
+        if choice.basis:
+            if name == choice.basis[0]:
+                made |= _with_basis(model, choice, found, dtype)
+        elif choice.form in FORMS:
             made |= _low_rank(model, found.parts[name].svd, choice, dtype)
         elif choice.form == "narrow" and name in by_reader:
             dimension = by_reader[name]
@@ -49,8 +53,7 @@ def put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Put `modules` into `model`; a factored head shares the weights of the factored embeddings."""
     for name, module in modules.items():
         models.replace(model, name, module)
-    if any(isinstance(module, FactoredEmbedding) for module in modules.values()):
-        models.tie(model)
+    models.tie(model)
 
 
 def _rounded(module: nn.Module, own: Tensor, dtype: torch.dtype) -> nn.Module:
@@ -75,6 +78,32 @@ def _low_rank(model: nn.Module, svd: WeightedSVD, choice: Choice, dtype: torch.d
     bias = models.find(model, name).bias
     module = build(low_rank, choice.form, None if bias is None else bias.detach().to(svd.left))
     return {name: _rounded(module, own, dtype)}
+
+
+def _with_basis(
+    model: nn.Module, choice: Choice, found: Decomposed, dtype: torch.dtype
+) -> dict[str, nn.Module]:
+    """Return the factored modules of all that share a basis: they hold one and the same `down`."""
+    rank, names = choice.rank, choice.basis
+    parts = [found.parts[name].svd for name in names]
+    stacked = LowRank(torch.cat([part.left[:, :rank] for part in parts]), parts[0].right[:rank]).balanced()
+    made: dict[str, nn.Module] = {}
+    basis: nn.Linear | None = None
+    for name, left in zip(names, torch.split(stacked.left, [len(part.left) for part in parts]), strict=True):
+        dense = models.find(model, name)
+        module = FactoredLinear(dense.in_features, dense.out_features, rank, dense.bias is not None)
+        module = module.to(torch.float64).to(left.device)
+        with torch.no_grad():
+            module.up.weight.copy_(left)
+            module.down.weight.copy_(stacked.right)
+            if dense.bias is not None:
+                module.up.bias.copy_(dense.bias)
+        rounded = _rounded(module, dense.weight, dtype)
+        assert isinstance(rounded, FactoredLinear)
+        basis = basis or rounded.down
+        rounded.down = basis
+        made[name] = rounded
+    return made
 
 
 def _narrow(
@@ -107,6 +136,18 @@ def _partial(model: nn.Module, heads: Heads, part: Part, choice: Choice) -> Part
     return PartialLinear.of(linear, "rows", places(own, heads.groups, heads.size), weight, bias)
 
 
+def updated(found: Sequence[Module], model: nn.Module) -> list[Module]:
+    """Return the rows with the ranks that the low-rank matrices of `model` have now."""
+    made = []
+    for row in found:
+        if row.form in FORMS:
+            module = model.get_submodule(row.name)
+            if isinstance(module, FactoredLinear | PivotedLinear) and module.rank != row.rank:
+                row = replace(row, rank=module.rank, after=parameters(module.kind, row.shape, module.rank))
+        made.append(row)
+    return made
+
+
 def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:
     """Return the rows of the result.
 
@@ -123,6 +164,8 @@ def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:
         key, counted = name, True
         if choice.form == "narrow":
             key, counted = by_member[name].name, by_member[name].reader == name
+        elif choice.basis:
+            counted = name == choice.basis[0]
         elif choice.form == "partial":
             attention, key = shared[name]
             counted = name in (attention.output, attention.query)

@@ -38,19 +38,23 @@ Become = Form | Literal["dense", "narrow", "partial", "dropped"]
 class Choice:
     """What becomes of one matrix: a form at a rank, or `rank` of the `units` of a hidden dimension.
 
-    Of a dense matrix, the rank is the smaller side; of one that is dropped with its block, 0.
+    `basis` names the matrices that share its right factor, which counts with the first of them. Of a dense
+    matrix, the rank is the smaller side; of one that is dropped with its block, 0.
     """
 
     target: Target
     form: Become
     rank: int
     units: int = 0
+    basis: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Parameters after, bias not counted."""
         if self.form == "dense":
             return self.target.size
+        if self.basis and self.basis[0] != self.target.name:
+            return self.rank * self.target.shape[0]
         if self.form in ("narrow", "partial"):
             return self.target.size // self.units * self.rank
         return parameters(self.form, self.target.shape, self.rank) if self.form in FORMS else 0
@@ -146,6 +150,7 @@ def choose(
     heads: Sequence[Heads] = (),
     exchange: float = 1.0,
     blocks: Mapping[str, float] | None = None,
+    bases: Sequence[tuple[str, ...]] = (),
 ) -> list[Choice]:
     """Return what becomes of every target, in order, within `budget`.
 
@@ -160,6 +165,7 @@ def choose(
         exchange: what the estimates of low-rank MLP matrices are multiplied by to be compared with those
             of widths; below 1, those of widths are divided by it.
         blocks: what it costs to leave out each of these blocks.
+        bases: names of the matrices that share a right factor.
 
     Raises:
         RankError: the budget cannot be reached.
@@ -185,15 +191,31 @@ def choose(
             menus = _with_blocks(menus, whole)
             found = _allocated(menus, budget, budget.parameters - spent)
         else:
-            found = _uniformly(recipe, free, open_ones, budget.parameters - spent)
+            whole_bases = [group for group in bases if names.issuperset(group)]
+            found = _uniformly(recipe, free, open_ones, budget.parameters - spent, whole_bases)
         decided |= {choice.target.name: choice for choice in found}
     choices = [decided[target.name] for target in targets]
     budget.check(choices)
     return choices
 
 
+def _sharing(members: Sequence[Target], share: float, step: int) -> list[Choice]:
+    """Return the choices for matrices of one shape that share a right factor."""
+    outputs, inputs = members[0].shape
+    rank = int(share * len(members) * outputs * inputs / (inputs + len(members) * outputs)) // step * step
+    if share >= 1:
+        return [dense(target) for target in members]
+    names = tuple(target.name for target in members)
+    rank = max(min(rank, outputs, inputs), 1)
+    return [Choice(target, "factored", rank, basis=names) for target in members]
+
+
 def _uniformly(
-    recipe: Recipe, free: Sequence[Target], dimensions: Sequence[Dimension], left: int
+    recipe: Recipe,
+    free: Sequence[Target],
+    dimensions: Sequence[Dimension],
+    left: int,
+    bases: Sequence[tuple[str, ...]] = (),
 ) -> list[Choice]:
     """Keep the same share of every matrix: MLPs by their width where the form allows it."""
     method = recipe.resolved_method()
@@ -201,9 +223,17 @@ def _uniformly(
     shrinking = [target for target in free if target.name in widths or target.form(method.low_rank)]
     left -= sum(target.size for target in free) - sum(target.size for target in shrinking)
     share = min(max(left / max(sum(target.size for target in shrinking), 1), 1e-9), 1.0)
+    by_name = {target.name: target for target in free}
+    shared = {
+        choice.target.name: choice
+        for names in bases
+        for choice in _sharing([by_name[name] for name in names], share, recipe.step())
+    }
     choices = []
     for target in free:
-        if target.name in widths:
+        if target.name in shared:
+            choices.append(shared[target.name])
+        elif target.name in widths:
             units = widths[target.name].units
             legal = [*legal_widths(units, recipe.step()), units]
             width = max([width for width in legal if width <= share * units] or legal[:1])

@@ -66,11 +66,14 @@ class Chain:
         return _output(self.block(index)(hidden, *call.args, **call.kwargs))
 
     def reads(self, index: int, hidden: Tensor, names: Sequence[str]) -> list[tuple[str, Tensor]]:
-        """Return what each of the modules `names` of block `index` reads, in the order in which they run."""
+        """Return what each of the modules `names` of block `index` reads, in the order in which they run.
+
+        Modules that read the same tensor get the same object.
+        """
         found: list[tuple[str, Tensor]] = []
 
         def listen(name: str) -> Any:
-            return lambda module, args: found.append((name, args[0].detach()))
+            return lambda module, args: found.append((name, args[0]))
 
         handles = [self.model.get_submodule(name).register_forward_pre_hook(listen(name)) for name in names]
         try:

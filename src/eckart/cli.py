@@ -307,9 +307,9 @@ def heal(
         "seed": seed,
     }  # fmt: skip
     with _failures(f"interrupted: the state is kept in {_work(out)}, the same command goes on from there"):
-        base = {} if recipe_file is None else recipe.read_yaml(recipe_file).get("heal") or {}
-        settings = healing.from_mapping(recipe.override(base, given), "heal")
-        hub.check_output(out, overwrite, model)
+        settings = healing.from_mapping(recipe.override(_heal_section(recipe_file), given), "heal")
+        for source in (model, teacher):
+            hub.check_output(out, overwrite, source)
         with Bars() as bars:
             bars.watch("load", 0, 1)
             found, done = api.heal(
@@ -323,6 +323,13 @@ def heal(
         _show(render.to_json(done.to_dict()) if as_json else done, as_json)
         if not as_json:
             print(f"written to {out}")
+
+
+def _heal_section(path: Path | None) -> dict[str, Any]:
+    found = {} if path is None else recipe.read_yaml(path).get("heal") or {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: heal must be a mapping of settings, got {found!r}")
+    return found
 
 
 def _show(what: Any, as_json: bool) -> None:

@@ -98,6 +98,8 @@ def refit(
     windows = windows.to(student.device)
     own, original = chain(student, windows[0]), chain(dense, windows[0])
     matching(own, original)
+    bases = models.bases(student)
+    shared = {*bases, *bases.values()}
     mine = [own.entry(window) for window in windows]
     theirs = [original.entry(window) for window in windows]
     for index, block in enumerate(own.names):
@@ -108,7 +110,10 @@ def refit(
             wanted = (reads[group[0]] for reads in dense_reads)
             gram, cross = _moments(own, index, mine, wanted, group[0])
             for name in group:
-                _solve(student, dense, name, gram, cross, mixture, metrics, damp)
+                if name in shared:
+                    _coefficients(student, dense, name, gram, cross, mixture, damp)
+                else:
+                    _solve(student, dense, name, gram, cross, mixture, metrics, damp)
         mine = [own.run(index, hidden) for hidden in mine]
         theirs = [original.run(index, hidden) for hidden in theirs]
         if watch:
@@ -163,6 +168,16 @@ def _solve(
     wanted = weight if len(weight) == len(current) else current
     change = anchored(wanted @ cross - current @ gram, gram, damp)
     inner.weight.copy_(current + mixture * change)
+
+
+def _coefficients(
+    student: Any, dense: Any, name: str, gram: Tensor, cross: Tensor, mixture: float, damp: float
+) -> None:
+    """Solve for the left factor alone: the right one belongs to other blocks, too."""
+    module, weight = student.get_submodule(name), models.find(dense, name).weight.double()
+    basis = module.down.weight.double()
+    target = weight + mixture * anchored(weight @ cross - weight @ gram, gram, damp)
+    module.up.weight.copy_(anchored(target @ gram @ basis.T, basis @ gram @ basis.T, damp))
 
 
 def anchored(error: Tensor, gram: Tensor, damp: float) -> Tensor:

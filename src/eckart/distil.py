@@ -20,7 +20,7 @@ from .errors import ConfigError
 from .healing import Healing
 from .lessons import Lessons
 from .teacher import Teacher
-from .training import adapted, around, trained_names, training
+from .training import adapted, around, precision, trained_names, training
 
 _LOST = 1.5
 """A run whose held-out divergence is this many times what it was at the start has diverged."""
@@ -127,8 +127,9 @@ def distil(
         )
     place = accelerator.device
     teacher = Teacher(
-        teacher_model.to(place), healing.temperature, healing.largest, cache, around(healing, place)
-    )
+        teacher_model.to(place), healing.temperature, healing.largest, cache, around(healing, place),
+        precision(healing, place),
+    )  # fmt: skip
     student.to(place)
     adapter = adapted(student, healing) if healing.train == "adapter" else contextlib.nullcontext(student)
     with adapter as model:
@@ -209,7 +210,7 @@ class _Run:
         return {(index + 1) * self.total // count for index in range(count)}
 
     def _one(self) -> float:
-        """Do one step, and return the mean loss of its windows on this process."""
+        """Do one step, and return the mean loss of its windows, over all processes."""
         healing, processes = self.healing, self.accelerator.num_processes
         batch = self.rows[self.step * healing.batch : (self.step + 1) * healing.batch]
         own = batch[self.accelerator.process_index :: processes]
@@ -221,6 +222,8 @@ class _Run:
                 loss = self._loss(own[start : start + healing.micro]) * (healing.micro / len(own))
                 loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+        if processes > 1:  # they must agree on when to stop
+            total = float(self.accelerator.reduce(torch.tensor(total, device=self.rows.device), "mean"))
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), healing.clip)
         self.optimizer.step()
         self.schedule.step()

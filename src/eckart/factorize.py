@@ -6,6 +6,7 @@ A block's statistics are freed when it is factored, so that an executor may own 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from . import methods, models, width
@@ -51,12 +52,14 @@ class Decomposed:
         dimensions: hidden dimensions that may be made narrower.
         heads: attentions whose heads may be.
         blocks: what it costs to leave out each block that may be.
+        bases: names of the matrices that share a right factor; their parts are cuts of one decomposition.
     """
 
     parts: Mapping[str, Part]
     dimensions: Sequence[Dimension]
     heads: Sequence[Heads]
     blocks: Mapping[str, float]
+    bases: Sequence[tuple[str, ...]] = ()
 
     def shared(self) -> dict[str, tuple[Heads, str]]:
         """Return, for each linear of `heads`, its heads and the part that it shares with another."""
@@ -89,6 +92,7 @@ def factor(
     heads: Sequence[Heads],
     calibrated: Calibrated,
     progress: Callable[[int, int], None],
+    bases: Sequence[tuple[str, ...]] = (),
 ) -> tuple[dict[str, Part], list[str]]:
     """Return the decomposition of every target and dimension, and warnings about moments that lack tokens.
 
@@ -97,11 +101,15 @@ def factor(
     parts: dict[str, Part] = {}
     short: dict[str, int] = {}
     done = 0
-    for group in by_block(model, found):
+    for group in _joined(by_block(model, found), bases):
         own = {target.name for target in group}
         inside = [dimension for dimension in dimensions if dimension.reader in own]
         own_heads = [attention for attention in heads if attention.output in own]
-        parts |= factor_block(recipe, model, group, inside, own_heads, calibrated, short)
+        together = [names for names in bases if own.issuperset(names)]
+        alone = [target for target in group if not any(target.name in names for names in together)]
+        parts |= factor_block(recipe, model, alone, inside, own_heads, calibrated, short)
+        for names in together:
+            parts |= factor_basis(recipe, model, [t for t in group if t.name in names], calibrated)
         calibrated.stats.forget([name for target in group for name in target.modules])
         done += len(group)
         progress(done, len(found))
@@ -111,6 +119,43 @@ def factor(
         for kind, need in short.items()
     ]
     return parts, warnings
+
+
+def _joined(groups: list[list[Target]], bases: Sequence[tuple[str, ...]]) -> list[list[Target]]:
+    """Join the groups that hold matrices which share a basis: they are decomposed together."""
+    if not bases:
+        return groups
+    joined: list[list[Target]] = []
+    place = {name: names[0] for names in bases for name in names}
+    for group in groups:
+        firsts = {place[target.name] for target in group if target.name in place}
+        known = next((old for old in joined if any(t.name in firsts for t in old)), None)
+        if known is None:
+            joined.append(list(group))
+        else:
+            known.extend(group)
+    return joined
+
+
+def factor_basis(
+    recipe: Recipe, model: nn.Module, members: Sequence[Target], calibrated: Calibrated
+) -> dict[str, Part]:
+    """Decompose matrices that share a right factor, as one above the other, in the mean of their metrics."""
+    method, stats = recipe.resolved_method(), calibrated.stats
+    weights = [models.weight(model, target) for target in members]
+    width = members[0].shape[1]
+    if method.inputs == "identity":
+        inputs = Metric(width)
+    else:
+        moments = [stats.moment(method.inputs, target.name).mean() for target in members]
+        inputs = Metric(width, torch.stack(moments).mean(0), recipe.damp)
+    rows = torch.cat([weight.to(torch.float64) for weight in weights])
+    found = weighted_svd(rows, inputs, Metric(len(rows)))
+    cuts = torch.split(found.left, [target.shape[0] for target in members])
+    return {
+        target.name: Part(WeightedSVD(left, found.right, found.spectrum), 1.0)
+        for target, left in zip(members, cuts, strict=True)
+    }
 
 
 def factor_block(

@@ -7,10 +7,10 @@ from typing import Any, Literal
 from .construct import construct
 from .errors import ConfigError
 
-Refinement = Literal["closed", "block", "logits"]
+Refinement = Literal["ranks", "closed", "block", "logits"]
 Train = Literal["factors", "blocks", "all", "adapter"]
 Precision = Literal["auto", "float32", "bfloat16"]
-REFINEMENTS: tuple[Refinement, ...] = ("closed", "block", "logits")
+REFINEMENTS: tuple[Refinement, ...] = ("ranks", "closed", "block", "logits")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "train": ("factors", "blocks", "all", "adapter"),
     "precision": ("auto", "float32", "bfloat16"),
@@ -27,7 +27,8 @@ class Healing:
     Args:
         text: sources to learn from, `NAME` or `NAME=WEIGHT` (eckart.lessons); default: the text that the
             compression is calibrated on.
-        steps: any of `closed` (least squares, block by block), `block` (each block's output matched by
+        steps: any of `ranks` (rank moved between low-rank matrices, by the curvature that the compressed
+            model has), `closed` (least squares, block by block), `block` (each block's output matched by
             gradient descent) and `logits` (the next-token distribution of the dense model matched end
             to end).
         tokens: to train on end to end; a token that is seen twice counts twice.
@@ -96,6 +97,7 @@ class Healing:
         for name in (*_WHOLE, "adapter_rank"):
             _check(name, getattr(self, name), int, 1)
         _check("seq_len", self.seq_len, int, 2)
+        _check("seed", self.seed, int, 0)
         if self.largest is not None:
             _check("largest", self.largest, int, 1)
         for name in (*_POSITIVE, "clip"):
@@ -104,6 +106,8 @@ class Healing:
             _check(name, getattr(self, name), float, 0.0, most=1.0)
         for share in self.mixtures:
             _check("mixtures", share, float, 0.0, most=1.0)
+        if not isinstance(self.checkpointing, bool):
+            raise ConfigError(f"checkpointing {self.checkpointing!r}: must be true or false")
         if not self.mixtures:
             raise ConfigError("mixtures: give at least one number in [0, 1]")
         if self.batch % self.micro:

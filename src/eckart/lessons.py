@@ -132,18 +132,28 @@ def _mixed(
     generator: torch.Generator,
     once: bool = False,
 ) -> Tensor:
-    """Draw `count` windows in proportion to `shares`; a source is in a new random order every time round."""
+    """Draw `count` windows in proportion to `shares`; a source is in a new random order every time round.
+
+    With `once` no window comes twice, and there may be fewer.
+    """
     placed: list[tuple[float, int, Tensor]] = []
-    for number, (rows, share) in enumerate(zip(parts, shares, strict=True)):
-        wanted = min(len(rows), round(count * share)) if once else round(count * share)
+    for number, (rows, quota) in enumerate(zip(parts, _quotas(shares, count), strict=True)):
+        wanted = min(len(rows), quota) if once else quota
         order: list[int] = []
         while len(order) < wanted:
             order += torch.randperm(len(rows), generator=generator).tolist()
         placed += [((at + 0.5) / wanted, number, rows[index]) for at, index in enumerate(order[:wanted])]
     placed.sort(key=lambda item: item[:2])
-    if not placed:
-        raise ConfigError("no window to learn from: raise tokens, or lower seq_len")
-    return torch.stack([row for _, _, row in placed[:count]])
+    return torch.stack([row for _, _, row in placed])
+
+
+def _quotas(shares: Sequence[float], count: int) -> list[int]:
+    """Share `count` out, all of it: rounded down first, then one more to the largest remainders."""
+    found = [int(count * share) for share in shares]
+    left = sorted(range(len(shares)), key=lambda place: found[place] - count * shares[place])
+    for place in left[: count - sum(found)]:
+        found[place] += 1
+    return found
 
 
 @torch.no_grad()

@@ -57,9 +57,20 @@ def run(
 
     Raises:
         ModelError: the models do not have the same vocabulary, or there is no tokenizer.
-        ConfigError: there is not enough text.
+        ConfigError: there is not enough text, or windows are longer than the model takes.
         StoreError: the state or the cache cannot be used.
     """
+    _check(student, dense, tokenizer, healing)
+    ward = ward or Ward()
+    found = read(dense, tokenizer, healing, bos=bos, spare=spare, watch=watch)
+    key = ""
+    if ward.work is not None:
+        rows = [tensor.tolist() for tensor in (found.rows, found.held_out)]
+        key = refine.key_of(asdict(healing), teacher.digest(dense), hash_of(rows), *started)
+    return refine.heal(student, dense, found, healing, work=ward.work, key=key, cache=ward.cache, watch=watch)
+
+
+def _check(student: Any, dense: Any, tokenizer: Any, healing: Healing) -> None:
     if tokenizer is None:
         raise ModelError("text needs a tokenizer: pass tokenizer=")
     own, other = models.vocabulary(student), models.vocabulary(dense)
@@ -68,13 +79,7 @@ def run(
             f"the model has a vocabulary of {own} and the teacher of {other}: the teacher must be the dense "
             "model that the compressed one was made of"
         )
-    ward = ward or Ward()
-    found = read(dense, tokenizer, healing, bos=bos, spare=spare, watch=watch)
-    key = ""
-    if ward.work is not None:
-        rows = [tensor.tolist() for tensor in (found.rows, found.held_out)]
-        key = refine.key_of(asdict(healing), teacher.digest(dense), hash_of(rows), *started)
-    return refine.heal(student, dense, found, healing, work=ward.work, key=key, cache=ward.cache, watch=watch)
+    measure.check_length(student, healing.seq_len)
 
 
 def hash_of(values: object) -> str:
@@ -124,6 +129,7 @@ def healed(
     show: Watch = watch or (lambda stage, done, total: None)
     clock, model = time.perf_counter(), own.model
     tokenizer = own.tokenizer or dense.tokenizer
+    _check(model, dense.model, tokenizer, healing)
     rows = [
         text.shares(sources, tokenizer, tokens, healing.seq_len, bos, "the text to measure on")
         for sources in texts

@@ -14,12 +14,13 @@ from .width import Landmarks
 InputMetric = Literal["identity", "fisher", "absolute", "gram"]
 OutputMetric = Literal["identity", "gradient"]
 Allocation = Literal["uniform", "curvature"]
-Shape = Literal["factored", "pivoted", "width", "mixed"]
+Shape = Literal["factored", "pivoted", "shared", "width", "mixed"]
+TargetMap = Literal["original", "anchored"]
 
 INPUT_METRICS: tuple[InputMetric, ...] = ("identity", "fisher", "absolute", "gram")
 OUTPUT_METRICS: tuple[OutputMetric, ...] = ("identity", "gradient")
 ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "curvature")
-SHAPES: tuple[Shape, ...] = (*FORMS, "width", "mixed")
+SHAPES: tuple[Shape, ...] = (*FORMS, "shared", "width", "mixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,12 @@ class Method:
     allocation: `uniform` keeps the same share of every matrix; `curvature` spends one budget where
         the estimated loss falls most, and needs outputs = gradient to have one unit.
     form: how the map is stored and run. `factored` and `pivoted`: each matrix at a rank of its own;
+        `shared`: two factors, the right one common to the matrices of the same name in consecutive blocks;
         `width`: hidden dimensions made narrower, other matrices as they are; `mixed`: each module
         by width or pivoted, whichever the allocation takes, and the other matrices pivoted.
     landmarks: how the units to keep of a hidden dimension are chosen.
+    target: what is approximated, the `original` map, or the one that best reproduces its outputs from the
+        inputs seen after everything before it was compressed (`anchored`, see eckart.closed).
     """
 
     inputs: InputMetric
@@ -44,6 +48,7 @@ class Method:
     form: Shape
     source: str
     landmarks: Landmarks = "curvature"
+    target: TargetMap = "original"
 
     def statistics(self) -> tuple[Statistic, ...]:
         """Return the statistics that the two metrics are made of."""
@@ -55,6 +60,8 @@ class Method:
         """Return the form of matrices that get a rank, None where none does."""
         if self.form == "width":
             return None
+        if self.form == "shared":
+            return "factored"
         return "pivoted" if self.form == "mixed" else self.form
 
     @property
@@ -75,6 +82,15 @@ METHODS: dict[str, Method] = {
     "svd-llm": Method("gram", "identity", "uniform", "factored", "Wang et al. 2024, arXiv:2403.07378"),
     "io-svd": Method("gram", "gradient", "uniform", "factored", "IO-SVD 2026, arXiv:2605.15626"),
     "pifa": Method("gram", "identity", "uniform", "pivoted", "Zhao et al. 2025, arXiv:2501.19090"),
+    "aa-svd": Method(
+        "gram",
+        "identity",
+        "uniform",
+        "factored",
+        "AA-SVD 2026, arXiv:2604.02119, without its training",
+        target="anchored",
+    ),
+    "basis-sharing": Method("gram", "identity", "uniform", "shared", "Wang et al. 2024, arXiv:2410.03765"),
     "nystrom-mlp": Method(
         "gram", "identity", "uniform", "width", "Lin et al. 2024, arXiv:2408.09632, the MLPs", "leverage"
     ),

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .embeddings import FactoredEmbedding, FactoredHead, share
 from .errors import ModelError
-from .factors import Form, LowRankLinear, NarrowLinear, PartialLinear
+from .factors import FactoredLinear, Form, LowRankLinear, NarrowLinear, PartialLinear
 
 LowRankModule = LowRankLinear | NarrowLinear | PartialLinear | FactoredEmbedding | FactoredHead
 
@@ -261,7 +261,10 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def tie(model: Any) -> None:
-    """Make a factored head share the weights of the factored embeddings, and tell transformers so."""
+    """Make a factored head share the weights of the factored embeddings, and tell transformers so.
+
+    And tell it which right factors are one and the same.
+    """
     found = low_rank_modules(model)
     heads = {name: module for name, module in found.items() if isinstance(module, FactoredHead)}
     tables = {name: module for name, module in found.items() if isinstance(module, FactoredEmbedding)}
@@ -269,6 +272,22 @@ def tie(model: Any) -> None:
         share(table, head)
         keys = {f"{head_name}.{part}.weight": f"{table_name}.{part}.weight" for part in ("codes", "up")}
         model._tied_weights_keys, model.all_tied_weights_keys = keys, dict(keys)
+    same = {f"{name}.down.weight": f"{first}.down.weight" for name, first in bases(model).items()}
+    if same:
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **same}
+        model.all_tied_weights_keys = {**(getattr(model, "all_tied_weights_keys", None) or {}), **same}
+
+
+def bases(model: nn.Module) -> dict[str, str]:
+    """Return, for each factored linear that shares its right factor with an earlier one, that one's name."""
+    firsts: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, module in low_rank_modules(model).items():
+        if isinstance(module, FactoredLinear):
+            first = firsts.setdefault(id(module.down), name)
+            if first != name:
+                found[name] = first
+    return found
 
 
 def untie(model: Any) -> None:

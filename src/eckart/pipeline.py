@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from . import (
     assemble,
     budget,
+    closed,
     dimensions,
     heads,
     hub,
@@ -27,6 +28,7 @@ from . import (
     plugin,
     rebuild,
     selection,
+    sharing,
     stock,
     text,
     windows,
@@ -77,7 +79,9 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
     found = _targets(recipe, model)
     limit = _limit(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
-    choices = selection.unseen(recipe, limit, model, found, dimensions.find(model, found))
+    suspected = dimensions.find(model, found)
+    bases = _bases(recipe, model, found, suspected)
+    choices = selection.unseen(recipe, limit, model, found, suspected, bases)
     exact = not decided_by_spectra and not recipe.stock
     return Plan(recipe, choices, models.parameter_count(model), exact)
 
@@ -147,8 +151,9 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     for target in found:
         check_matrix(models.weight(model, target), target.name)
     narrowable = _dimensions(recipe, model, found)
+    bases = _bases(recipe, model, found, dimensions.find(model, found))
     # An unreachable budget is refused now, not after the calibration.
-    selection.unseen(recipe, _limit(recipe, model, found, loaded.stored), model, found, narrowable)
+    selection.unseen(recipe, _limit(recipe, model, found, loaded.stored), model, found, narrowable, bases)
     attentions = _heads(recipe, model, found)
     with run.stage("read text"):
         texts = windows.read(recipe, loaded.tokenizer, run.warnings)
@@ -164,16 +169,24 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
         with run.stage("try blocks") as progress:
             blocks = rebuild.block_losses(model, found, texts.trial[:_DEPTH_WINDOWS], progress)
     with run.stage("factor") as progress:
-        parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress)
+        parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress, bases)
         run.warnings.extend(lacking)
     before = _sizes(model, found, output_dtype(recipe, loaded.stored))
-    decomposed = Decomposed(parts, narrowable, attentions, blocks)
+    decomposed = Decomposed(parts, narrowable, attentions, blocks, bases)
     return Prepared(loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run)
 
 
 def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
     """Return the attentions whose heads may be made narrower one by one, each verified."""
     return heads.found(model, dimensions.find(model, found)) if _by_heads(recipe) else []
+
+
+def _bases(
+    recipe: Recipe, model: nn.Module, found: Sequence[Target], suspected: Sequence[Dimension]
+) -> list[tuple[str, ...]]:
+    if recipe.resolved_method().form != "shared":
+        return []
+    return sharing.bases(model, found, suspected, recipe.layers)
 
 
 def _by_heads(recipe: Recipe) -> bool:
@@ -209,11 +222,14 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     """
     loaded, run = prepared.loaded, prepared.run
     dtype, texts = output_dtype(recipe, loaded.stored), prepared.texts
-    original = copy.deepcopy(loaded.model) if recipe.heal is not None else None
+    anchored = recipe.resolved_method().target == "anchored"
+    original = copy.deepcopy(loaded.model) if recipe.heal is not None or anchored else None
     model, found, modules = _made(recipe, prepared)
+    if anchored:
+        _anchor(recipe, prepared, model, original)
     one_shot, foreign = None, None
     healing: tuple[Refined, ...] = ()
-    if original is not None:
+    if recipe.heal is not None:
         one_shot = _measure(run, "measure one shot", model, texts.held_out)
         foreign = _measure(run, "measure one shot", model, texts.foreign)
         healing = _healed(recipe, prepared, model, original, ward)
@@ -230,7 +246,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         source=loaded.source,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        modules=modules,
+        modules=assemble.updated(modules, model),
         before=prepared.before,
         after=after,
         source_bytes=loaded.bytes,
@@ -269,6 +285,22 @@ def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[M
         model = rebuild.without_blocks(model, dropped)
     plugin.mark(model)
     return model, rebuild.moved(found, prepared.loaded.model, dropped), modules
+
+
+def _anchor(recipe: Recipe, prepared: Prepared, model: Any, original: Any) -> None:
+    """Solve again for every map, on the inputs that it now sees, for the outputs that there were."""
+    assert prepared.texts.calibration is not None
+    with prepared.run.stage("anchor") as progress:
+        metrics = closed.Metrics({})
+        closed.refit(
+            model,
+            original,
+            prepared.texts.calibration,
+            1.0,
+            metrics=metrics,
+            damp=recipe.damp,
+            watch=progress,
+        )
 
 
 def _healed(
@@ -329,25 +361,20 @@ def _calibrated(
 
 
 def _sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:
-    tables = [model.get_submodule(target.name) for target in found]
     owners = [model.get_submodule(name) for target in found for name in target.modules]
+    tables = [model.get_submodule(target.name) for target in found]
+    # A shared right factor is stored once.
+    weights = {id(w): w for table in tables for n, w in table.named_parameters() if not n.endswith("bias")}
+    indices = sum(buffer.numel() * buffer.element_size() for table in tables for buffer in table.buffers())
+    linears = sum(weight.numel() for weight in weights.values())
     return Sizes(
-        linears=sum(_weights(module) for module in tables),
+        linears=linears,
         model=models.parameter_count(model),
         linear_flops=sum(models.flops_per_token(module) for module in owners),
         model_flops=models.flops_per_token(model),
-        linear_bytes=sum(_stored_bytes(module, dtype) for module in tables),
+        linear_bytes=linears * dtype.itemsize + indices,
         bytes=hub.accounted_bytes(_written(model), dtype),
     )
-
-
-def _stored_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    indices = sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-    return _weights(module) * dtype.itemsize + indices
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(tensor.numel() for name, tensor in module.named_parameters() if not name.endswith("bias"))
 
 
 def _written(model: Any) -> dict[str, Tensor]:

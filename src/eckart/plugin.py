@@ -31,11 +31,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from . import models
 from .embeddings import FactoredEmbedding, FactoredHead, dense_embedding
 from .errors import StoreError
-from .factors import FORMS, MODULES, NarrowLinear, PartialLinear
+from .factors import FORMS, MODULES, FactoredLinear, NarrowLinear, PartialLinear
 
 NAME = "eckart"
-FORMAT = 2
-READS = (1, 2)
+FORMAT = 3
+READS = (1, 2, 3)
 KINDS = (*FORMS, FactoredEmbedding.kind, FactoredHead.kind)
 GUARD = "eckart: this model needs the eckart package; pip install eckart, and import eckart first"
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
@@ -47,7 +47,8 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         modules: dotted name -> {"kind": k, "rank": r}, where k is factored or pivoted for an
-            nn.Linear, embedding for an nn.Embedding, head for an nn.Linear that is tied to it; or
+            nn.Linear (a factored one may say "basis": the name of another whose right factor it shares),
+            embedding for an nn.Embedding, head for an nn.Linear that is tied to it; or
             {"kind": "narrow", "shape": [m, n], "copies": c} for an nn.Linear that lost rows or
             columns (eckart.factors.NarrowLinear); or {"kind": "partial", "kept": k, "side": s} for one
             that stores some of its rows or columns (eckart.factors.PartialLinear).
@@ -97,7 +98,10 @@ def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
         numbers, wanted = [spec.get("kept")], {"kind", "kept", "side"}
     else:
         numbers, wanted = [spec.get("rank")], {"kind", "rank"}
+        if spec.get("kind") == FactoredLinear.kind and "basis" in spec:
+            wanted = {"kind", "rank", "basis"}
     legal = spec.get("kind") in (*KINDS, NarrowLinear.kind, PartialLinear.kind) and set(spec) == wanted
+    legal = legal and isinstance(spec.get("basis", ""), str)
     legal = legal and spec.get("side", "rows") in ("rows", "columns")
     if not legal or not all(isinstance(number, int) and number >= 1 for number in numbers):
         raise StoreError(
@@ -207,7 +211,21 @@ def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
         with torch.device("meta"):
             module = _MAKERS.get(spec["kind"], _low_rank)(name, dense, spec)
         models.replace(model, name, module.to(dense.weight.dtype))
+    for name, spec in config.modules.items():
+        if "basis" in spec:
+            _share_basis(model, name, spec["basis"])
     models.tie(model)
+
+
+def _share_basis(model: nn.Module, name: str, first: str) -> None:
+    own, other = model.get_submodule(name), dict(model.named_modules()).get(first)
+    if not (
+        isinstance(own, FactoredLinear)
+        and isinstance(other, FactoredLinear)
+        and own.down.weight.shape == other.down.weight.shape
+    ):
+        raise StoreError(f"config.json declares that {name} has the basis of {first}, which does not fit")
+    own.down = other.down
 
 
 def _low_rank(name: str, dense: Any, spec: Mapping[str, Any]) -> nn.Module:
@@ -288,7 +306,10 @@ def read_shapes(file: Path) -> dict[str, list[int]]:
 
 def declare(model: nn.Module) -> EckartConfig:
     """Return the declaration of the low-rank modules that `model` has."""
-    return EckartConfig({name: _spec(module) for name, module in models.low_rank_modules(model).items()})
+    modules = {name: _spec(module) for name, module in models.low_rank_modules(model).items()}
+    for name, first in models.bases(model).items():
+        modules[name]["basis"] = first
+    return EckartConfig(modules)
 
 
 def _spec(module: models.LowRankModule) -> dict[str, Any]:
@@ -338,6 +359,9 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
             models.replace(model, name, models.dense_linear(module))
     if tied:
         models.untie(model)
+    else:
+        model.__dict__.pop("_tied_weights_keys", None)
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, EckartQuantizer):
         quantizer.remove_quantization_config(model)

@@ -1,7 +1,7 @@
 """The recipe: everything that decides a compression, as one frozen value and as strict YAML."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +32,15 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _SWITCHES = ("stock", "depth", "bos", "trust_remote_code")
 _NUMBERS = ("keep", "energy", "damp", "alpha")
-_AT_LEAST = {"multiple": 1, "tokens": 2, "gradient_tokens": 2, "seq_len": 2, "eval_tokens": 2, "rank": 1}
+_AT_LEAST = {
+    "multiple": 1,
+    "layers": 2,
+    "tokens": 2,
+    "gradient_tokens": 2,
+    "seq_len": 2,
+    "eval_tokens": 2,
+    "rank": 1,
+}
 
 
 def _check_number(name: str, value: object) -> None:
@@ -91,6 +99,7 @@ class Recipe:
             same architecture, which needs no eckart.
         depth: whole blocks may be left out.
         landmarks: how the units to keep of a hidden dimension are chosen; default: the method's.
+        layers: how many consecutive blocks share a basis (form shared).
         text: sources to calibrate on (eckart.text.read).
         eval_text: sources to measure on; default: the last 5 % of each of `text`, left out above.
         foreign_text: sources of another kind to measure on as well: calibration on one domain costs others.
@@ -129,6 +138,7 @@ class Recipe:
     stock: bool = False
     depth: bool = False
     landmarks: Landmarks | None = None
+    layers: int = 2
     text: tuple[str, ...] = ()
     eval_text: tuple[str, ...] = ()
     foreign_text: tuple[str, ...] = ()
@@ -189,11 +199,14 @@ class Recipe:
         if self.form == "width" and not all(rule.dense for rule in self.overrides):
             raise ConfigError("form 'width' gives no matrix a rank: overrides can only say dense")
         ranked = [name for name in ("rank", "energy") if getattr(self, name) is not None]
-        widths = self.form in ("width", "mixed") or method.low_rank is None
+        widths = self.form in ("width", "mixed") or method.low_rank is None or method.form == "shared"
         if ranked and (self.stock or self.depth or widths):
             raise ConfigError(
-                f"{ranked[0]} is a rule for ranks: give keep or size with stock, depth or widths"
+                f"{ranked[0]} is a rule for the rank of each matrix: give keep or size with stock, depth, "
+                "widths or shared bases"
             )
+        if method.form == "shared" and method.allocation != "uniform":
+            raise ConfigError("form 'shared' has uniform allocation: use method basis-sharing")
         if self.depth and method.allocation != "curvature":
             raise ConfigError(
                 f"depth weighs blocks against ranks and widths by the loss of each: allocation "
@@ -232,7 +245,7 @@ class Recipe:
         if form == "mixed" and allocation == "uniform" and self.form is None:
             form = "pivoted"
         landmarks = self.landmarks or preset.landmarks
-        return Method(preset.inputs, preset.outputs, allocation, form, preset.source, landmarks)
+        return replace(preset, allocation=allocation, form=form, landmarks=landmarks)
 
     def step(self) -> int:
         """Return what ranks and widths are multiples of."""

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import blockwise, closed, distil, measure, models
+from . import blockwise, closed, distil, measure, models, reallocate
 from .checkpoint import Checkpoint
 from .healing import Healing, Refined
 from .lessons import Lessons
 from .teacher import Teacher
-from .training import around, trained_names
+from .training import around, trained_names, training
 
 Watch = Callable[[str, int, int], None]
 
@@ -67,6 +67,8 @@ def heal(
 
         if step == "logits":
             made = _logits(student, dense, lessons, healing, running, cache, progress)
+        elif step == "ranks":
+            made = _ranks(student, dense, lessons, healing, start, progress)
         elif step == "closed":
             made = _closed(student, dense, lessons, healing, metrics, start, progress)
         else:
@@ -84,6 +86,7 @@ def _refined(values: Mapping[str, Any]) -> Refined:
 
 
 def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    reallocate.resize(model, tensors)
     with torch.no_grad():
         for name, tensor in models.state_tensors(model).items():
             tensor.copy_(tensors[name])
@@ -131,14 +134,15 @@ def _closed(
     """Try every mixture from the same start, and keep the best if it is better than the start."""
     names = [name for block in models.block_names(student) for name in closed.linears(student, block)]
     before = best = _judged(student, dense, lessons, healing)
-    first = {name: copy.deepcopy(student.get_submodule(name)) for name in names}
+    # All at once: what modules share stays shared.
+    first = copy.deepcopy({name: student.get_submodule(name) for name in names})
     kept, share = first, None
     fit = lessons.fit.to(student.device)
     total = len(healing.mixtures) * len(models.block_names(student))
     if metrics is None:
         metrics = closed.Metrics.measured(dense, names, fit[: max(1, len(fit) // 2)])
     for number, mixture in enumerate(healing.mixtures):
-        _put(student, {name: copy.deepcopy(module) for name, module in first.items()})
+        _put(student, copy.deepcopy(first))
 
         def shown(done: int, blocks: int, number: int = number) -> None:
             progress(number * blocks + done, total)
@@ -164,6 +168,35 @@ def _closed(
     )
 
 
+def _ranks(
+    student: Any,
+    dense: Any,
+    lessons: Lessons,
+    healing: Healing,
+    start: float,
+    progress: measure.Progress,
+) -> Refined:
+    """Move rank between matrices, and keep that if it is better."""
+    before = _judged(student, dense, lessons, healing)
+    fit = lessons.fit[: max(1, len(lessons.fit) // 2)]
+    moved = reallocate.reallocated(student, dense, fit, watch=progress)
+    kept = {name: student.get_submodule(name) for name in moved}
+    _put(student, moved)
+    after = _judged(student, dense, lessons, healing)
+    gain = bool(moved) and measure.lower(after, before)
+    if not gain:
+        _put(student, kept)
+    return Refined(
+        step="ranks",
+        before=float(before.mean()),
+        after=float(after.mean()) if gain else float(before.mean()),
+        gain=gain,
+        tokens=fit.numel(),
+        seconds=time.perf_counter() - start,
+        detail=f"{len(moved)} matrices get another rank",
+    )
+
+
 def _put(student: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         models.replace(student, name, module)
@@ -181,10 +214,11 @@ def _block(
     fit = lessons.fit.to(student.device)
     names = trained_names(student, "blocks" if healing.train == "all" else healing.train)
     first = {name: student.get_parameter(name).detach().clone() for name in names}
-    better = blockwise.refine(
-        student, dense, fit, lessons.held_out, healing,
-        metrics=blockwise.costs(dense, fit[: max(1, len(fit) // 2)]), trained=names, watch=progress,
-    )  # fmt: skip
+    with training(student, names, healing):
+        better = blockwise.refine(
+            student, dense, fit, lessons.held_out, healing,
+            metrics=blockwise.costs(dense, fit[: max(1, len(fit) // 2)]), trained=names, watch=progress,
+        )  # fmt: skip
     after = _judged(student, dense, lessons, healing)
     gain = measure.lower(after, before)
     if not gain:

@@ -28,6 +28,7 @@ def unseen(
     model: nn.Module,
     found: Sequence[Target],
     suspected: Sequence[Dimension],
+    bases: Sequence[tuple[str, ...]] = (),
 ) -> list[Choice]:
     """Return the choices before anything is known of the losses.
 
@@ -39,7 +40,7 @@ def unseen(
     if recipe.stock:
         return stock.choose(recipe, limit, model, found, suspected, blocks=blocks)
     try:
-        return budget.choose(recipe, limit, found, suspected)
+        return budget.choose(recipe, limit, found, suspected, bases=bases)
     except RankError:
         if recipe.resolved_method().allocation != "curvature":
             raise
@@ -81,7 +82,7 @@ def choose(
     def at(rate: float) -> list[Choice]:
         return budget.choose(
             recipe, limit, targets, found.dimensions, losses,
-            heads=found.heads, exchange=rate, blocks=found.blocks,
+            heads=found.heads, exchange=rate, blocks=found.blocks, bases=found.bases,
         )  # fmt: skip
 
     method = recipe.resolved_method()

@@ -46,7 +46,8 @@ class Teacher:
         temperature: of the distributions.
         largest: see eckart.healing.Healing.
         cache: a folder; a distribution that is there is not computed again.
-        around: a context to compute in (precision).
+        around: a context to compute in ...
+        precision: ... and what it multiplies in, which the cache tells apart.
     """
 
     model: Any
@@ -54,12 +55,14 @@ class Teacher:
     largest: int | None = None
     cache: Path | None = None
     around: Around = contextlib.nullcontext
+    precision: torch.dtype = torch.float32
     _folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.cache is not None:
             self.largest = self.largest or LARGEST
-            self._folder = self.cache / f"{digest(self.model)}-{self.temperature:g}-{self.largest}"
+            kind = str(self.precision).removeprefix("torch.")
+            self._folder = self.cache / f"{digest(self.model)}-{self.temperature:g}-{self.largest}-{kind}"
             try:
                 self._folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:

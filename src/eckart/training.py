@@ -1,11 +1,13 @@
 """What is needed around gradient descent on a model: precision, which parameters, adapters, memory."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from . import models
 from .errors import ConfigError, ModelError
@@ -68,6 +70,7 @@ def adapted(model: Any, healing: Healing) -> Iterator[Any]:
         if isinstance(module, nn.Linear) and (name in smaller or models.owner(name, smaller))
     ]
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=inner)
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(healing.seed)
         adapted = peft.get_peft_model(model, config)
@@ -75,6 +78,8 @@ def adapted(model: Any, healing: Healing) -> Iterator[Any]:
         yield adapted
     finally:
         adapted.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
 
 
 @contextlib.contextmanager
@@ -86,13 +91,11 @@ def training(model: nn.Module, names: Sequence[str], healing: Healing) -> Iterat
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     model.eval()
-    if healing.checkpointing:
-        _recompute(model)
+    recomputed = _recomputed(model) if healing.checkpointing else contextlib.nullcontext()
     try:
-        yield {name: parameter for name, parameter in model.named_parameters() if name in chosen}
+        with recomputed:
+            yield {name: parameter for name, parameter in model.named_parameters() if name in chosen}
     finally:
-        if healing.checkpointing:
-            _keep(model)
         for module, mode in modes.items():
             module.training = mode
         for name, parameter in model.named_parameters():
@@ -100,21 +103,20 @@ def training(model: nn.Module, names: Sequence[str], healing: Healing) -> Iterat
             parameter.grad = None
 
 
-def _recompute(model: Any) -> None:
-    """Recompute the activations of the blocks on the way back; only they must be in training mode."""
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ModelError(f"{type(model).__name__} cannot recompute activations: leave out checkpointing")
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    for name in models.block_names(model):
-        model.get_submodule(name).training = True
+@contextlib.contextmanager
+def _recomputed(model: nn.Module) -> Iterator[None]:
+    """Recompute the activations of the blocks on the way back.
 
-
-def _keep(model: Any) -> None:
-    """Keep the activations again."""
-    if hasattr(model, "activation_checkpointing_disable"):
-        model.activation_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_disable()
+    What transformers has for this needs the blocks in training mode, and some drop out then.
+    """
+    blocks = [model.get_submodule(name) for name in models.block_names(model)]
+    own = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        vars(block)["forward"] = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del vars(block)["forward"]
+            if forward is not None:
+                vars(block)["forward"] = forward

@@ -254,7 +254,9 @@ def heal(
     train: Annotated[
         str | None, typer.Option(help="factors, blocks (default), all, or adapter on the factors.")
     ] = None,
-    rate: Annotated[float | None, typer.Option(help="AdamW's rate (1e-4).")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="AdamW's rate; default: by the distance from the teacher.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Windows a step, over all devices (1).")] = None,
     micro: Annotated[int | None, typer.Option(help="Windows at a time on one device (1).")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of both distributions (1).")] = None,

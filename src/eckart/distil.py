@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from . import measure
 from .checkpoint import Checkpoint
@@ -172,11 +171,8 @@ class _Run:
         self.total = healing.total_steps()
         self.rows = lessons.rows.to(accelerator.device)
         self.held_out = lessons.held_out.to(accelerator.device)
-        optimizer = torch.optim.AdamW(
-            list(parameters.values()), lr=healing.rate, betas=(0.9, 0.99), weight_decay=0.0
-        )
-        self.schedule = LambdaLR(optimizer, _schedule(math.ceil(healing.warmup * self.total), self.total))
-        self.optimizer = optimizer
+        self.optimizer = torch.optim.AdamW(list(parameters.values()), betas=(0.9, 0.99), weight_decay=0.0)
+        self.schedule = _schedule(math.ceil(healing.warmup * self.total), self.total)
         self.bare = model
         self.model = accelerator.prepare(model) if accelerator.num_processes > 1 else model
         self.course = Course()
@@ -225,8 +221,9 @@ class _Run:
         if processes > 1:  # they must agree on when to stop
             total = float(self.accelerator.reduce(torch.tensor(total, device=self.rows.device), "mean"))
         torch.nn.utils.clip_grad_norm_(self.parameters.values(), healing.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = healing.starting_rate(self.course.start) * self.schedule(self.step)
         self.optimizer.step()
-        self.schedule.step()
         self.optimizer.zero_grad()
         self.step += 1
         if self.watch:
@@ -292,9 +289,6 @@ class _Run:
         }
         self.optimizer.load_state_dict(moments)
         self.step = state["step"]
-        self.schedule.last_epoch = self.step
-        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
-            group["lr"] = rate
         self.first = tensors["first"]
         course = state["course"]
         self.course = Course(**course | {"judged": [Judgement(**found) for found in course["judged"]]})
@@ -315,7 +309,6 @@ class _Run:
             tensors |= {f"moment.{index}.{key}": value for key, value in values.items()}
         state = {
             "step": self.step,
-            "rates": [group["lr"] for group in self.optimizer.param_groups],
             "moments": {index: list(values) for index, values in moments.items()},
             "course": asdict(self.course),
         }

@@ -16,7 +16,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "float32", "bfloat16"),
 }
 _WHOLE = ("tokens", "hold_tokens", "fit_tokens", "batch", "micro", "evaluations", "patience", "block_epochs")
-_POSITIVE = ("rate", "block_rate", "temperature")
+_POSITIVE = ("block_rate", "temperature")
+_RATE, _RATES = 1.4e-4, (2e-5, 2e-4)
 _SHARES = ("warmup", "text_loss")
 
 
@@ -41,7 +42,9 @@ class Healing:
         block_epochs, block_rate: block: passes over `fit_tokens`, and AdamW's rate.
         train: logits: what is trained, the `factors` (every module that was made smaller), the whole
             `blocks`, `all` parameters, or an `adapter` on the factors (LoRA, merged at the end).
-        rate: AdamW's rate after warm-up; it falls to 0 by a half cosine.
+        rate: AdamW's rate after warm-up; it falls to 0 by a half cosine. Default: 1.4e-4 times the root of
+            the divergence at the start, between 2e-5 and 2e-4: AdamW's steps are as long as the rate, however
+            little there is to mend.
         warmup: the share of the steps before it.
         batch: windows a step, over all devices ...
         micro: ... and those that one device takes at a time; the gradients are accumulated.
@@ -71,7 +74,7 @@ class Healing:
     block_epochs: int = 4
     block_rate: float = 1e-4
     train: Train = "blocks"
-    rate: float = 1e-4
+    rate: float | None = None
     warmup: float = 0.05
     batch: int = 1
     micro: int = 1
@@ -100,6 +103,8 @@ class Healing:
         _check("seed", self.seed, int, 0)
         if self.largest is not None:
             _check("largest", self.largest, int, 1)
+        if self.rate is not None:
+            _check("rate", self.rate, float, 0.0, above=True)
         for name in (*_POSITIVE, "clip"):
             _check(name, getattr(self, name), float, 0.0, above=True)
         for name in _SHARES:
@@ -112,6 +117,10 @@ class Healing:
             raise ConfigError("mixtures: give at least one number in [0, 1]")
         if self.batch % self.micro:
             raise ConfigError(f"batch {self.batch}: must be a multiple of micro = {self.micro}")
+
+    def starting_rate(self, divergence: float) -> float:
+        """Return AdamW's rate for a run that starts at `divergence` nats per token."""
+        return self.rate or min(max(_RATE * divergence**0.5, _RATES[0]), _RATES[1])
 
     def total_steps(self) -> int:
         """Return the optimizer steps that `tokens` are good for, at least one."""

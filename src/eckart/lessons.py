@@ -1,5 +1,6 @@
 """The windows that healing learns from, from weighted sources, and those that it is judged by."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,12 +165,14 @@ def write(model: Any, count: int, seq_len: int, generator: torch.Generator, watc
     """
     found: list[Tensor] = []
     vocabulary = int(model.config.get_text_config().vocab_size)
+    # Its name changed between versions of transformers.
+    keyword = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     for start in range(0, count, _WRITERS):
         rows = torch.randint(vocabulary, (min(_WRITERS, count - start), 1), generator=generator)
         latest, cache = rows, None
         for place in range(1, seq_len):
-            made = model(input_ids=latest.to(model.device), past_key_values=cache, use_cache=True)
-            cache = made.past_key_values
+            made = model(input_ids=latest.to(model.device), use_cache=True, **{keyword: cache})
+            cache = made[keyword]
             latest = torch.multinomial(made.logits[:, -1].float().softmax(-1).cpu(), 1, generator=generator)
             rows = torch.cat([rows, latest], dim=1)
             if watch and place % 16 == 0:

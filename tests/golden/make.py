@@ -40,6 +40,10 @@ def main() -> None:
         low_rank = factors.LowRank(svd.left * svd.values, svd.right)
         module = factors.build(low_rank, factors.FORMS[index % 2], linear.bias).to(torch.float32)
         models.replace(model, target.name, module)
+    names = [f"model.layers.{index}.self_attn.q_proj" for index in range(2)]
+    pair = [factors.FactoredLinear(32, 32, 8, bias=True) for _ in names]
+    pair[1].down = pair[0].down
+    assemble.put(model, dict(zip(names, pair, strict=True)))
     plugin.mark(model)
     eckart.save(models.cast(model, torch.bfloat16), None, folder)
     (folder / "expected").mkdir()

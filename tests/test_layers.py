@@ -56,6 +56,7 @@ LAYERS = {
     "report": 13,
     "api": 14,
     "cli": 15,
+    "__main__": 16,
 }
 LOWEST_WITH_TRANSFORMERS = LAYERS["models"]
 FILES = sorted(path for path in SOURCE.glob("*.py") if path.stem != "__init__")

@@ -20,6 +20,7 @@ from .healing import Healing
 from .mend import Ward
 from .recipe import Recipe
 from .result import Result
+from .training import is_main
 
 app = typer.Typer(
     add_completion=False,
@@ -319,6 +320,8 @@ def heal(
                 eval_tokens=eval_tokens, bos=bos, work=_work(out), cache=cache, dtype=dtype, device=device,
                 trust_remote_code=trust_remote_code, watch=bars.watch,
             )  # fmt: skip
+            if not is_main():
+                return
             tokenizer = hub.load_tokenizer(model, trust_remote_code=trust_remote_code)
             api.save(found, tokenizer, out, done, source=model, overwrite=overwrite)
         shutil.rmtree(_work(out), ignore_errors=True)

@@ -74,7 +74,7 @@ def heal(
         else:
             made = _block(student, dense, lessons, healing, start, progress)
         done.append(made)
-        if kept is not None and running is not None:
+        if kept is not None and running is not None and is_main():
             kept.write({"refined": asdict(made)}, models.state_tensors(student))
             running.delete()
     return done

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from . import models
 from .errors import ConfigError, ModelError
 from .healing import Healing, Train
+
+
+def is_main() -> bool:
+    """Tell whether this process is the one that writes: the first that torchrun started, or the only one."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def precision(healing: Healing, device: torch.device) -> torch.dtype:

@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .healing import Healing, Refined
 from .lessons import Lessons
 from .teacher import Teacher
-from .training import around, trained_names, training
+from .training import around, is_main, trained_names, training
 
 Watch = Callable[[str, int, int], None]
 

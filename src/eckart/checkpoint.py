@@ -36,10 +36,11 @@ class Checkpoint:
         try:
             with safe_open(self.file, framework="pt") as opened:
                 state = json.loads(opened.metadata()["state"])
+                key = state.pop("key")
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StoreError(f"the checkpoint {self.file} cannot be read ({error}): delete it") from error
-        if state.pop("key") != self.key:
+        if key != self.key:
             raise StoreError(
                 f"the checkpoint {self.file} is of a run with other settings, models or text: go on with "
                 "those, choose another --out, or delete it"
@@ -60,7 +61,8 @@ class Checkpoint:
             save_file(own, partial, metadata)
             partial.replace(self.file)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            if self.file.parent.is_dir():
+                partial.unlink(missing_ok=True)
             raise StoreError(f"the checkpoint {self.file} cannot be written: {error}") from error
 
     def delete(self) -> None:

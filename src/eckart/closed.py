@@ -9,13 +9,14 @@ has; t between 0 and 1 is the compromise of SAES-SVD.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from . import calibrate, models
 from .chain import Chain, chain, matching
+from .errors import NotPositiveDefinite
 from .factors import FactoredLinear, LowRank, PartialLinear, PivotedLinear, build
 from .linalg import Metric, weighted_svd
 
@@ -181,8 +182,17 @@ def _coefficients(
 
 
 def anchored(error: Tensor, gram: Tensor, damp: float) -> Tensor:
-    """Return error (gram + damp)^-1, with damping in units of the mean of the diagonal: ridge regression."""
+    """Return error (gram + damp)^-1, with damping in units of the mean of the diagonal: ridge regression.
+
+    Raises:
+        NotPositiveDefinite: the sum is singular.
+    """
     size = len(gram)
     ridge = gram + damp * gram.diagonal().mean() * torch.eye(size, dtype=gram.dtype, device=gram.device)
-    solved: Tensor = torch.linalg.solve(ridge, error, left=False)
-    return solved
+    solved, info = torch.linalg.solve_ex(ridge, error, left=False)
+    if int(info):
+        raise NotPositiveDefinite(
+            f"the second moment of {size} inputs is singular with damp={damp}: raise `damp`, or fit to more "
+            "tokens"
+        )
+    return cast(Tensor, solved)

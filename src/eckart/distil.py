@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import measure
+from . import measure, models
 from .checkpoint import Checkpoint
 from .divergence import divergence
 from .errors import ConfigError
@@ -125,8 +125,12 @@ def distil(
             "be a multiple of their product"
         )
     place = accelerator.device
+    dense = teacher_model.to(place)
+    if precision(healing, place) == torch.bfloat16:
+        # Weights that are stored as they are multiplied need not be converted in every step.
+        dense = models.cast(copy.deepcopy(dense), torch.bfloat16)
     teacher = Teacher(
-        teacher_model.to(place), healing.temperature, healing.largest, cache, around(healing, place),
+        dense, healing.temperature, healing.largest, cache, around(healing, place),
         precision(healing, place),
     )  # fmt: skip
     student.to(place)
@@ -171,7 +175,9 @@ class _Run:
         self.total = healing.total_steps()
         self.rows = lessons.rows.to(accelerator.device)
         self.held_out = lessons.held_out.to(accelerator.device)
-        self.optimizer = torch.optim.AdamW(list(parameters.values()), betas=(0.9, 0.99), weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(
+            list(parameters.values()), betas=(0.9, 0.99), weight_decay=0.0, fused=True
+        )
         self.schedule = _schedule(math.ceil(healing.warmup * self.total), self.total)
         self.bare = model
         self.model = accelerator.prepare(model) if accelerator.num_processes > 1 else model

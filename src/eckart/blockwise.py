@@ -58,10 +58,13 @@ def refine(
     with torch.no_grad():
         mine, theirs = [own.entry(row) for row in rows], [original.entry(row) for row in rows]
     better = 0
+    bases = models.bases(student)
+    # A factor that blocks have in common is none of theirs.
+    common = {f"{name}.down.weight" for name in (*bases, *bases.values())}
     for index, name in enumerate(own.names):
         with torch.no_grad():
             theirs = [original.run(index, hidden) for hidden in theirs]
-        inside = [key for key in trained if models.owner(key, [name])]
+        inside = [key for key in trained if models.owner(key, [name]) and key not in common]
         better += _fit(own, index, mine, theirs, len(windows), metrics[name], inside, healing, generator)
         with torch.no_grad():
             mine = [own.run(index, hidden) for hidden in mine]

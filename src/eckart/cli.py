@@ -66,7 +66,7 @@ def main(
 
 
 @contextmanager
-def _failures(interrupted: str = "interrupted: nothing was written") -> Iterator[None]:
+def _failures(out: Path | None = None) -> Iterator[None]:
     """Turn the errors that users cause into one line and exit code 2, and Ctrl-C into 130."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -75,7 +75,11 @@ def _failures(interrupted: str = "interrupted: nothing was written") -> Iterator
     except EckartError as error:
         _fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        _fail(interrupted, INTERRUPTED)
+        work = None if out is None else _work(out)
+        if work is not None and work.exists():
+            kept = f"the state is kept in {work}, the same command goes on from there"
+            _fail(f"interrupted: {kept}", INTERRUPTED)
+        _fail("interrupted: nothing was written", INTERRUPTED)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -176,7 +180,7 @@ def compress(
         "seed": seed, "labels": labels, "damp": damp, "alpha": alpha, "bos": bos, "dtype": dtype,
         "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    with _failures():
+    with _failures(out):
         resolved = _recipe(recipe_file, given)
         if heal and resolved.heal is None:
             resolved = replace(resolved, heal=Healing())
@@ -244,7 +248,7 @@ def heal(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
     refine: Annotated[
-        list[str] | None, typer.Option(help="closed, block, logits, in order; default: closed, logits.")
+        list[str] | None, typer.Option(help="ranks, closed, block, logits, in order; default: logits.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on end to end (250000).")] = None,
     fit_tokens: Annotated[int | None, typer.Option(help="Tokens for closed and block (32768).")] = None,
@@ -309,7 +313,7 @@ def heal(
         "checkpointing": checkpointing, "precision": precision, "patience": patience, "seq_len": seq_len,
         "seed": seed,
     }  # fmt: skip
-    with _failures(f"interrupted: the state is kept in {_work(out)}, the same command goes on from there"):
+    with _failures(out):
         settings = healing.from_mapping(recipe.override(_heal_section(recipe_file), given), "heal")
         for source in (model, teacher):
             hub.check_output(out, overwrite, source)

@@ -64,7 +64,7 @@ class Healing:
     """
 
     text: tuple[str, ...] = ()
-    steps: tuple[Refinement, ...] = ("closed", "logits")
+    steps: tuple[Refinement, ...] = ("logits",)
     tokens: int = 250_000
     hold_tokens: int = 8_192
     seq_len: int = 512

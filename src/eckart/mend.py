@@ -117,7 +117,8 @@ def healed(
     """Heal a model that was loaded, and measure it before and after; it ends in `dtype`.
 
     Args:
-        own, dense: the compressed model and the teacher, in float32.
+        own: the compressed model, in float32.
+        dense: the teacher, in the dtype that it computes in.
         healing: the settings, with `text`.
         texts: sources to measure on, of the same kind and of another.
         tokens: of each of the two.
@@ -147,10 +148,7 @@ def healed(
     models.cast(models.cast(model, dtype), torch.float32)
     after = measured("measure healed", model)
     models.cast(model, dtype)
-    found = [
-        None if base is None or old is None or new is None else Quality(base, old, new)
-        for base, old, new in zip(large, before, after, strict=True)
-    ]
+    found = [Quality.of(base, old, new) for base, old, new in zip(large, before, after, strict=True)]
     seconds = {f"heal: {step.step}": step.seconds for step in steps}
     return model, Healed(
         source=own.source,

@@ -260,7 +260,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         peak_memory=memory.peak_bytes(model.device),
         warnings=list(run.warnings),
         one_shot=one_shot,
-        foreign=_quality(prepared.dense_foreign, foreign, elsewhere),
+        foreign=Quality.of(prepared.dense_foreign, foreign, elsewhere),
         healing=healing,
     )
 
@@ -314,7 +314,7 @@ def _healed(
         bos=recipe.bos,
         # The end of the text is measured on where there is no other text for that.
         spare=text.HELD_OUT if prepared.texts.own_text else 0.0,
-        started=(to_yaml(recipe),),
+        started=(to_yaml(recipe), _digest(prepared.texts.calibration)),
         ward=ward,
         watch=prepared.run.watch,
     )  # fmt: skip
@@ -323,10 +323,8 @@ def _healed(
     return tuple(found)
 
 
-def _quality(
-    dense: measure.Perplexity | None, one_shot: measure.Perplexity | None, now: measure.Perplexity | None
-) -> Quality | None:
-    return None if dense is None or now is None else Quality(dense, one_shot or now, now)
+def _digest(rows: Tensor | None) -> str:
+    return mend.hash_of(None if rows is None else rows.tolist())
 
 
 def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:

@@ -51,6 +51,13 @@ class Quality:
     one_shot: Perplexity
     compressed: Perplexity
 
+    @classmethod
+    def of(
+        cls, dense: Perplexity | None, before: Perplexity | None, now: Perplexity | None
+    ) -> "Quality | None":
+        """Return it where there was text to measure on; without healing, before is now."""
+        return None if dense is None or now is None else cls(dense, before or now, now)
+
 
 @dataclass(frozen=True, slots=True)
 class Result:

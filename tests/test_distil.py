@@ -98,13 +98,13 @@ def test_a_loss_that_is_not_finite_is_stopped_at_once() -> None:
 
 
 def test_patience_ends_a_run_that_gets_no_better() -> None:
-    """A model that agrees already has no new best."""
+    """A model that agrees already has no new best; only the second half of the twelve steps counts."""
     dense = tiny.build("llama")
     student = copy.deepcopy(dense)
     settings = wards.settings(rate=1e-6, evaluations=12, patience=3)
     course = distil.distil(student, dense, wards.lessons(), settings)
     assert course.ended == "no new best in 3 evaluations"
-    assert [found.step for found in course.judged] == [0, 1, 2, 3]
+    assert [found.step for found in course.judged] == list(range(10))
     assert wards.equal(wards.weights(dense), wards.weights(student))
 
 

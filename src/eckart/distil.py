@@ -265,8 +265,11 @@ class _Run:
         elif now < course.end:
             course.best, course.gain = self.step, measure.lower(self.found, self.first)
             self.best = {name: value.detach().clone() for name, value in self.parameters.items()}
-        elif len([found for found in course.judged if found.step > course.best]) >= self.healing.patience:
-            course.ended = f"no new best in {self.healing.patience} evaluations"
+        else:
+            # While the rate is high, its noise hides what is gained: only its second half counts.
+            late = max(course.best, self.total // 2)
+            if len([found for found in course.judged if found.step > late]) >= self.healing.patience:
+                course.ended = f"no new best in {self.healing.patience} evaluations"
 
     @torch.no_grad()
     def _restore(self) -> None:

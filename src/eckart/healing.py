@@ -54,7 +54,8 @@ class Healing:
         largest: how many entries of the dense model's distribution are kept, the others as one; default:
             all, and 256 where they are cached on disk.
         evaluations: on the held-out text, evenly over the run.
-        patience: stop after so many of them in a row without a new best.
+        patience: stop after so many of them in a row without a new best, in the second half of the run,
+            where the rate is low.
         adapter_rank: of the adapter.
         checkpointing: recompute activations on the way back: less memory, a third more time.
         precision: to train in; `auto` is bfloat16 where the device multiplies it in hardware.

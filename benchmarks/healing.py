@@ -54,6 +54,7 @@ def figures(healed: Healed) -> dict[str, Any]:
     assert healed.quality is not None
     found: dict[str, Any] = {
         "refinements": [step.step for step in healed.steps],
+        "rate": healed.settings.starting_rate(healed.steps[-1].before),
         "learned": sum(step.tokens for step in healed.steps),
         "dense": healed.quality.dense.perplexity,
         "before": healed.quality.one_shot.perplexity,

@@ -17,7 +17,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 _WHOLE = ("tokens", "hold_tokens", "fit_tokens", "batch", "micro", "evaluations", "patience", "block_epochs")
 _POSITIVE = ("block_rate", "temperature")
-_RATE, _RATES = 1.4e-4, (2e-5, 2e-4)
+_RATE, _RATES = 1.9e-4, (5e-6, 1.4e-4)
 _SHARES = ("warmup", "text_loss")
 
 
@@ -42,9 +42,9 @@ class Healing:
         block_epochs, block_rate: block: passes over `fit_tokens`, and AdamW's rate.
         train: logits: what is trained, the `factors` (every module that was made smaller), the whole
             `blocks`, `all` parameters, or an `adapter` on the factors (LoRA, merged at the end).
-        rate: AdamW's rate after warm-up; it falls to 0 by a half cosine. Default: 1.4e-4 times the root of
-            the divergence at the start, between 2e-5 and 2e-4: AdamW's steps are as long as the rate, however
-            little there is to mend.
+        rate: AdamW's rate after warm-up; it falls to 0 by a half cosine. Default: 1.9e-4 per nat of the
+            divergence at the start, between 5e-6 and 1.4e-4: AdamW's steps are as long as the rate, however
+            little there is to mend, and their noise must stay below it.
         warmup: the share of the steps before it.
         batch: windows a step, over all devices ...
         micro: ... and those that one device takes at a time; the gradients are accumulated.
@@ -121,7 +121,7 @@ class Healing:
 
     def starting_rate(self, divergence: float) -> float:
         """Return AdamW's rate for a run that starts at `divergence` nats per token."""
-        return self.rate or min(max(_RATE * divergence**0.5, _RATES[0]), _RATES[1])
+        return self.rate or min(max(_RATE * divergence, _RATES[0]), _RATES[1])
 
     def total_steps(self) -> int:
         """Return the optimizer steps that `tokens` are good for, at least one."""

@@ -36,7 +36,7 @@ SMALL = wards.settings(
     mixtures=(1.0,),
 )
 OPTIONS = ["--seq-len", 32, "--tokens", 1280, "--fit-tokens", 1024, "--hold-tokens", 1024, "--rate", 1e-4,
-           "--precision", "float32", "--mixture", 1]  # fmt: skip
+           "--precision", "float32", "--mixture", 1, "--refine", "closed", "--refine", "logits"]  # fmt: skip
 
 
 class _Stopped(Exception):

@@ -112,3 +112,11 @@ def test_a_heal_section_is_as_strict_as_the_recipe(tmp_path: Any) -> None:
 
 def test_defaults_are_legal_and_plain_values() -> None:
     assert Healing(**asdict(Healing())) == Healing()
+
+
+def test_the_rate_is_in_proportion_to_the_distance_within_bounds() -> None:
+    settings = Healing()
+    assert settings.starting_rate(0.4) == pytest.approx(2 * settings.starting_rate(0.2))
+    assert settings.starting_rate(1e-9) == 5e-6
+    assert settings.starting_rate(5.0) == 1.4e-4
+    assert Healing(rate=0.01).starting_rate(0.2) == 0.01

@@ -139,7 +139,7 @@ def test_every_preset_is_a_recipe() -> None:
         ),
         ({"depth": True, "stock": True, "method": "pifa"}, "depth weighs blocks against ranks and widths"),
         ({"landmarks": "luck"}, "landmarks 'luck': legal are curvature, leverage, energy"),
-        ({"form": "narrow"}, "form 'narrow': legal are factored, pivoted, width, mixed"),
+        ({"form": "narrow"}, "form 'narrow': legal are factored, pivoted, shared, width, mixed"),
         ({"multiple": 0}, "multiple 0: must be a whole number of at least 1"),
         ({"multiple": 1.5}, "multiple 1.5: must be a whole number of at least 1"),
         ({"multiple": "32"}, "multiple '32': must be a whole number"),
@@ -188,10 +188,11 @@ def test_steps() -> None:
 
 
 def test_what_gets_ranks_and_what_gets_narrower() -> None:
-    low_rank = {form: Recipe(keep=0.5, form=form).resolved_method().low_rank for form in SHAPES}
-    assert low_rank == {"factored": "factored", "pivoted": "pivoted", "width": None, "mixed": "pivoted"}
-    narrows = {form for form in SHAPES if Recipe(keep=0.5, form=form).resolved_method().narrows}
-    assert narrows == {"width", "mixed"}
+    uniform = {form: Recipe(keep=0.5, form=form, method="svd").resolved_method() for form in SHAPES}
+    assert {form: method.low_rank for form, method in uniform.items()} == {
+        "factored": "factored", "pivoted": "pivoted", "shared": "factored", "width": None, "mixed": "pivoted",
+    }  # fmt: skip
+    assert {form for form, method in uniform.items() if method.narrows} == {"width", "mixed"}
     assert Recipe(keep=0.5, landmarks="energy").landmarks == "energy"
     assert Recipe(keep=0.5, form="width", method="svd").resolved_method().needs_text is False
 

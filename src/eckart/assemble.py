@@ -14,6 +14,7 @@ from .factorize import Decomposed, Part
 from .factors import FORMS, FactoredLinear, LowRank, PartialLinear, PivotedLinear, build, parameters
 from .heads import Heads, PairNarrowing, ValueNarrowing, places
 from .linalg import WeightedSVD
+from .models import Target
 from .result import Module
 
 
@@ -136,12 +137,16 @@ def _partial(model: nn.Module, heads: Heads, part: Part, choice: Choice) -> Part
     return PartialLinear.of(linear, "rows", places(own, heads.groups, heads.size), weight, bias)
 
 
-def updated(found: Sequence[Module], model: nn.Module) -> list[Module]:
-    """Return the rows with the ranks that the low-rank matrices of `model` have now."""
-    made = []
+def updated(found: Sequence[Module], targets: Sequence[Target], model: nn.Module) -> list[Module]:
+    """Return the rows with the ranks that the low-rank matrices of `model` have now.
+
+    `targets` are those of `model`: of the rows in order, without what was dropped.
+    """
+    made, names = [], iter([target.name for target in targets])
     for row in found:
+        name = row.name if row.form == "dropped" else next(names)
         if row.form in FORMS:
-            module = model.get_submodule(row.name)
+            module = model.get_submodule(name)
             if isinstance(module, FactoredLinear | PivotedLinear) and module.rank != row.rank:
                 row = replace(row, rank=module.rank, after=parameters(module.kind, row.shape, module.rank))
         made.append(row)

@@ -202,8 +202,8 @@ class Recipe:
         widths = self.form in ("width", "mixed") or method.low_rank is None or method.form == "shared"
         if ranked and (self.stock or self.depth or widths):
             raise ConfigError(
-                f"{ranked[0]} is a rule for the rank of each matrix: give keep or size with stock, depth, "
-                "widths or shared bases"
+                f"{ranked[0]} is a rule for ranks: give keep or size with stock, depth or widths, or "
+                "with shared bases"
             )
         if method.form == "shared" and method.allocation != "uniform":
             raise ConfigError("form 'shared' has uniform allocation: use method basis-sharing")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import blockwise, closed, distil, measure, models, reallocate
 from .checkpoint import Checkpoint
-from .healing import Healing, Refined
+from .healing import Healing, Refined, Refinement
 from .lessons import Lessons
 from .teacher import Teacher
 from .training import around, is_main, trained_names, training
@@ -157,15 +157,8 @@ def _closed(
             kept = {name: student.get_submodule(name) for name in names}
     gain = measure.lower(best, before)
     _put(student, kept if gain else first)
-    return Refined(
-        step="closed",
-        before=float(before.mean()),
-        after=float(best.mean()) if gain else float(before.mean()),
-        gain=gain,
-        tokens=lessons.fit.numel(),
-        seconds=time.perf_counter() - start,
-        detail=f"mixture {share:g}" if gain and share is not None else "no mixture is better than none",
-    )
+    detail = f"mixture {share:g}" if gain and share is not None else "no mixture is better than none"
+    return _outcome("closed", before, best, gain, lessons.fit.numel(), start, detail)
 
 
 def _ranks(
@@ -186,14 +179,22 @@ def _ranks(
     gain = bool(moved) and measure.lower(after, before)
     if not gain:
         _put(student, kept)
+    detail = f"{len(moved)} matrices get another rank"
+    return _outcome("ranks", before, after, gain, fit.numel(), start, detail)
+
+
+def _outcome(
+    step: Refinement, before: Tensor, after: Tensor, gain: bool, tokens: int, start: float, detail: str
+) -> Refined:
+    """Return what a refinement did, from what each held-out window said; without a gain it was taken back."""
     return Refined(
-        step="ranks",
+        step=step,
         before=float(before.mean()),
-        after=float(after.mean()) if gain else float(before.mean()),
+        after=float((after if gain else before).mean()),
         gain=gain,
-        tokens=fit.numel(),
+        tokens=tokens,
         seconds=time.perf_counter() - start,
-        detail=f"{len(moved)} matrices get another rank",
+        detail=detail,
     )
 
 
@@ -225,15 +226,8 @@ def _block(
         with torch.no_grad():
             for name, value in first.items():
                 student.get_parameter(name).copy_(value)
-    return Refined(
-        step="block",
-        before=float(before.mean()),
-        after=float(after.mean()) if gain else float(before.mean()),
-        gain=gain,
-        tokens=healing.block_epochs * lessons.fit.numel(),
-        seconds=time.perf_counter() - start,
-        detail=f"{better} of {len(models.block_names(student))} blocks better",
-    )
+    detail = f"{better} of {len(models.block_names(student))} blocks better"
+    return _outcome("block", before, after, gain, healing.block_epochs * lessons.fit.numel(), start, detail)
 
 
 def key_of(*parts: object) -> str:

@@ -145,8 +145,9 @@ def heal(
         ModelError: the two models do not belong together.
         StoreError: the state or the cache cannot be used.
     """
-    options = (None if device is None else str(device), trust_remote_code)
-    own, dense = (_loaded(which, tokenizer, "float32", *options) for which in (model, teacher))
+    own, dense = (
+        _loaded(which, tokenizer, "float32", device, trust_remote_code) for which in (model, teacher)
+    )
     stored = own.model.dtype if not isinstance(model, (str, Path)) else own.stored
     models.cast(own.model, torch.float32)
     resolved = replace(settings or Healing(), text=_sources(text) or ())

@@ -1,6 +1,6 @@
 """A model's transformer blocks as a chain: hidden states go in, the next block's come out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -43,20 +43,11 @@ class Chain:
 
     def entry(self, window: Tensor) -> Tensor:
         """Return the hidden states (1, seq_len, d) that the first block gets for `window` (seq_len,)."""
-        found: list[Tensor] = []
 
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-            found.append(_hidden(args, kwargs).detach())
-            raise _Reached
-
-        handle = self.block(0).register_forward_pre_hook(stop, with_kwargs=True)
-        try:
+        def whole() -> None:
             self.model(input_ids=window[None], use_cache=False)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return found[0]
+
+        return _hidden(*_reached(self.block(0), whole)).detach()
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Return what block number `index` makes of `hidden` (1, seq_len, d)."""
@@ -85,24 +76,31 @@ class Chain:
 
     def read(self, index: int, hidden: Tensor, name: str) -> Tensor:
         """Return what the module `name` of block `index` reads, as float32 rows (tokens, n); stop there."""
-        found: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[Any, ...]) -> NoReturn:
-            found.append(args[0].detach())
-            raise _Reached
-
-        handle = self.model.get_submodule(name).register_forward_pre_hook(stop)
-        try:
-            self.run(index, hidden)
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return found[0].reshape(-1, found[0].shape[-1]).float()
+        args, _ = _reached(self.model.get_submodule(name), lambda: self.run(index, hidden))
+        found: Tensor = args[0].detach()
+        return found.reshape(-1, found.shape[-1]).float()
 
 
 class _Reached(Exception):
     """What was asked for was reached."""
+
+
+def _reached(module: nn.Module, run: Callable[[], object]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what `module` is called with by `run`, which goes no further."""
+    found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        found.append((args, kwargs))
+        raise _Reached
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        run()
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

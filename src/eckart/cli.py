@@ -48,6 +48,13 @@ ForeignSources = Annotated[
 Cache = Annotated[
     Path | None, typer.Option(help="Folder to keep the dense model's predictions in, for later runs.")
 ]
+Device = Annotated[str | None, typer.Option(help="cuda, mps, cpu; default: the first that is there.")]
+Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin windows with the begin token.")]
+Remote = Annotated[
+    bool | None, typer.Option("--trust-remote-code/--no-remote-code", help="Run code that the model brings.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _version(value: bool) -> None:
@@ -148,25 +155,18 @@ def compress(
         float | None, typer.Option(help="Damping of the metrics, in units of their mean (1e-4).")
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Exponent of asvd (0.5).")] = None,
-    bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Begin windows with the begin token.")
-    ] = None,
+    bos: Bos = None,
     dtype: Annotated[
         str | None, typer.Option(help="Of the output; default: the source's, bfloat16 for GGUF.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, mps, cpu; default: the first that is there.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option("--trust-remote-code/--no-remote-code", help="Run code that the model brings."),
-    ] = None,
+    device: Device = None,
+    trust_remote_code: Remote = None,
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="YAML recipe; options go over it.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Make a model smaller and say what it cost."""
     given = {
@@ -289,21 +289,17 @@ def heal(
     ] = None,
     foreign_text: ForeignSources = None,
     eval_tokens: Annotated[int, typer.Option(help="Tokens to measure on (12288).")] = 12_288,
-    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Begin windows with the begin token.")] = False,
+    bos: Bos = False,
     recipe_file: Annotated[
         Path | None,
         typer.Option("--recipe", help="YAML recipe whose heal section is taken."),
     ] = None,
     cache: Cache = None,
     dtype: Annotated[str | None, typer.Option(help="Of the output; default: as stored.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, mps, cpu; default: the first that is there.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code/--no-remote-code", help="Run code that the model brings.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
 ) -> None:
     """Bring a compressed model closer to the dense one. An interrupted run goes on where it was."""
     given = {
@@ -313,6 +309,7 @@ def heal(
         "checkpointing": checkpointing, "precision": precision, "patience": patience, "seq_len": seq_len,
         "seed": seed,
     }  # fmt: skip
+    remote = bool(trust_remote_code)
     with _failures(out):
         settings = healing.from_mapping(recipe.override(_heal_section(recipe_file), given), "heal")
         for source in (model, teacher):
@@ -321,12 +318,12 @@ def heal(
             bars.watch("load", 0, 1)
             found, done = api.heal(
                 model, teacher, text, settings=settings, eval_text=eval_text, foreign_text=foreign_text,
-                eval_tokens=eval_tokens, bos=bos, work=_work(out), cache=cache, dtype=dtype, device=device,
-                trust_remote_code=trust_remote_code, watch=bars.watch,
+                eval_tokens=eval_tokens, bos=bool(bos), work=_work(out), cache=cache, dtype=dtype,
+                device=device, trust_remote_code=remote, watch=bars.watch,
             )  # fmt: skip
             if not is_main():
                 return
-            tokenizer = hub.load_tokenizer(model, trust_remote_code=trust_remote_code)
+            tokenizer = hub.load_tokenizer(model, trust_remote_code=remote)
             api.save(found, tokenizer, out, done, source=model, overwrite=overwrite)
         shutil.rmtree(_work(out), ignore_errors=True)
         _show(render.to_json(done.to_dict()) if as_json else done, as_json)
@@ -357,15 +354,11 @@ def evaluate(
     tokens: Annotated[int, typer.Option(help="Tokens from the start of the text.")] = 24_576,
     seq_len: Annotated[int, typer.Option(help="Window length.")] = 512,
     against: Annotated[str | None, typer.Option(help="A model to compare with.")] = None,
-    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Begin windows with the begin token.")] = False,
+    bos: Bos = False,
     dtype: Annotated[str | None, typer.Option(help="To compute in; default: float32 on a CPU.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, mps, cpu; default: the first that is there.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code/--no-remote-code", help="Run code that the model brings.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Device = None,
+    trust_remote_code: Remote = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, and how far a model is from another."""
     with _failures():

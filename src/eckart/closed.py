@@ -110,11 +110,19 @@ def refit(
         for group in groups:
             wanted = (reads[group[0]] for reads in dense_reads)
             gram, cross = _moments(own, index, mine, wanted, group[0])
+            inputs = Metric(len(gram), gram, damp)  # its roots serve all that read the same
             for name in group:
+                weight = models.find(dense, name).weight.double()
+                module = student.get_submodule(name)
+                if not isinstance(module, FactoredLinear | PivotedLinear):
+                    _adjust(module, weight, gram, cross, mixture, damp)
+                    continue
+                target = weight + mixture * anchored(weight @ (cross - gram), gram, damp)
                 if name in shared:
-                    _coefficients(student, dense, name, gram, cross, mixture, damp)
+                    _coefficients(module, target, gram, damp)
                 else:
-                    _solve(student, dense, name, gram, cross, mixture, metrics, damp)
+                    outputs = metrics.metric(name, weight.shape[0], damp)
+                    models.replace(student, name, _decomposed(module, target, inputs, outputs))
         mine = [own.run(index, hidden) for hidden in mine]
         theirs = [original.run(index, hidden) for hidden in theirs]
         if watch:
@@ -137,28 +145,28 @@ def _moments(
     return gram.double() / count, cross.double() / count
 
 
-def _solve(
-    student: Any,
-    dense: Any,
-    name: str,
-    gram: Tensor,
-    cross: Tensor,
-    mixture: float,
-    metrics: Metrics,
-    damp: float,
+def _decomposed(
+    module: FactoredLinear | PivotedLinear, target: Tensor, inputs: Metric, outputs: Metric
+) -> nn.Module:
+    """Return a module of the kind and rank of `module` that is closest to `target`."""
+    svd, rank, bias = weighted_svd(target, inputs, outputs), module.rank, module.dense_bias()
+    low_rank = LowRank(svd.left[:, :rank], svd.right[:rank])
+    made = build(low_rank, module.kind, None if bias is None else bias.double())
+    like = next(module.parameters())
+    return made.to(like.dtype).to(like.device)
+
+
+def _coefficients(module: nn.Module, target: Tensor, gram: Tensor, damp: float) -> None:
+    """Solve for the left factor alone: the right one belongs to other blocks, too."""
+    assert isinstance(module, FactoredLinear)
+    basis = module.down.weight.double()
+    module.up.weight.copy_(anchored(target @ gram @ basis.T, basis @ gram @ basis.T, damp))
+
+
+def _adjust(
+    module: nn.Module, weight: Tensor, gram: Tensor, cross: Tensor, mixture: float, damp: float
 ) -> None:
-    """Put the solution of one matrix into `student`."""
-    module, weight = student.get_submodule(name), models.find(dense, name).weight.double()
-    if isinstance(module, FactoredLinear | PivotedLinear):
-        target = weight + mixture * anchored(weight @ cross - weight @ gram, gram, damp)
-        outputs = metrics.metric(name, weight.shape[0], damp)
-        svd = weighted_svd(target, Metric(len(gram), gram, damp), outputs)
-        rank, bias = module.rank, module.dense_bias()
-        low_rank = LowRank(svd.left[:, :rank], svd.right[:rank])
-        made = build(low_rank, module.kind, None if bias is None else bias.double())
-        like = next(module.parameters())
-        models.replace(student, name, made.to(like.dtype).to(like.device))
-        return
+    """Solve for a map of full rank, whole or without some rows or columns, that `weight` was once."""
     inner = module.inner if isinstance(module, PartialLinear) else module
     assert isinstance(inner, nn.Linear)
     if isinstance(module, PartialLinear) and module.side == "columns":
@@ -169,16 +177,6 @@ def _solve(
     wanted = weight if len(weight) == len(current) else current
     change = anchored(wanted @ cross - current @ gram, gram, damp)
     inner.weight.copy_(current + mixture * change)
-
-
-def _coefficients(
-    student: Any, dense: Any, name: str, gram: Tensor, cross: Tensor, mixture: float, damp: float
-) -> None:
-    """Solve for the left factor alone: the right one belongs to other blocks, too."""
-    module, weight = student.get_submodule(name), models.find(dense, name).weight.double()
-    basis = module.down.weight.double()
-    target = weight + mixture * anchored(weight @ cross - weight @ gram, gram, damp)
-    module.up.weight.copy_(anchored(target @ gram @ basis.T, basis @ gram @ basis.T, damp))
 
 
 def anchored(error: Tensor, gram: Tensor, damp: float) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,13 +94,23 @@ def judge(model: Any, teacher: Teacher, windows: Tensor, healing: Healing) -> Te
     return torch.stack(found).double().cpu()
 
 
+def teacher_for(dense: Any, healing: Healing, place: torch.device, cache: Path | None = None) -> Teacher:
+    """Return what `dense` predicts, as `healing` compares it, computed at `place` (where `dense` goes)."""
+    kind = precision(healing, place)
+    dense = dense.to(place)
+    if kind == torch.bfloat16:
+        # Weights that are stored as they are multiplied need not be converted in every step.
+        dense = models.cast(copy.deepcopy(dense), kind)
+    return Teacher(dense, healing.temperature, healing.largest, cache, around(healing, place), kind)
+
+
 def distil(
     student: Any,
     teacher_model: Any,
     lessons: Lessons,
     healing: Healing,
     *,
-    cache: Any = None,
+    cache: Path | None = None,
     checkpoint: Checkpoint | None = None,
     watch: measure.Progress | None = None,
 ) -> Course:
@@ -115,24 +126,14 @@ def distil(
         ModelError: nothing to train.
         StoreError: the checkpoint or the cache cannot be used.
     """
-    accelerator = Accelerator(
-        cpu=student.device.type == "cpu",
-        gradient_accumulation_steps=healing.batch // healing.micro,
-    )
+    accelerator = Accelerator(cpu=student.device.type == "cpu")
     if healing.batch % (accelerator.num_processes * healing.micro):
         raise ConfigError(
             f"batch {healing.batch} of micro {healing.micro} on {accelerator.num_processes} processes: must "
             "be a multiple of their product"
         )
     place = accelerator.device
-    dense = teacher_model.to(place)
-    if precision(healing, place) == torch.bfloat16:
-        # Weights that are stored as they are multiplied need not be converted in every step.
-        dense = models.cast(copy.deepcopy(dense), torch.bfloat16)
-    teacher = Teacher(
-        dense, healing.temperature, healing.largest, cache, around(healing, place),
-        precision(healing, place),
-    )  # fmt: skip
+    teacher = teacher_for(teacher_model, healing, place, cache)
     student.to(place)
     adapter = adapted(student, healing) if healing.train == "adapter" else contextlib.nullcontext(student)
     with adapter as model:

@@ -347,7 +347,7 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model: a model with low-rank modules (without any, it is returned as it is).
         dtype: cast the result, a torch.dtype or its name; default: as it is.
     """
-    tied = False
+    tied = bool(models.bases(model))
     for name, module in models.low_rank_modules(model).items():
         if isinstance(module, FactoredHead):
             dense = nn.Linear(module.in_features, module.out_features, False, "meta")
@@ -359,9 +359,6 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
             models.replace(model, name, models.dense_linear(module))
     if tied:
         models.untie(model)
-    else:
-        model.__dict__.pop("_tied_weights_keys", None)
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, EckartQuantizer):
         quantizer.remove_quantization_config(model)

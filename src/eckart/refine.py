@@ -3,8 +3,8 @@
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from . import blockwise, closed, distil, measure, models, reallocate
 from .checkpoint import Checkpoint
 from .healing import Healing, Refined, Refinement
 from .lessons import Lessons
-from .teacher import Teacher
-from .training import around, is_main, trained_names, training
+from .training import is_main, trained_names, training
 
 Watch = Callable[[str, int, int], None]
 
@@ -27,7 +26,6 @@ def heal(
     lessons: Lessons,
     healing: Healing,
     *,
-    metrics: closed.Metrics | None = None,
     work: Path | None = None,
     key: str = "",
     cache: Path | None = None,
@@ -40,7 +38,6 @@ def heal(
         dense: the model that it comes from, in the same dtype; it is not changed.
         lessons: windows to learn from, and to judge by.
         healing: the settings.
-        metrics: of the outputs of the dense matrices for `closed`; default: measured.
         work: a folder to keep the state in, so that an interrupted run goes on to the same result.
         key: what the run was started with; a state with another key is refused.
         cache: a folder for the dense model's distributions.
@@ -60,19 +57,14 @@ def heal(
             done.append(_refined(state["refined"]))
             continue
         running = None if work is None else Checkpoint(work / f"{place}-{step}.safetensors", key)
-        start = time.perf_counter()
 
         def progress(at: int, total: int, stage: str = f"heal: {step}") -> None:
             watch(stage, at, total)
 
         if step == "logits":
             made = _logits(student, dense, lessons, healing, running, cache, progress)
-        elif step == "ranks":
-            made = _ranks(student, dense, lessons, healing, start, progress)
-        elif step == "closed":
-            made = _closed(student, dense, lessons, healing, metrics, start, progress)
         else:
-            made = _block(student, dense, lessons, healing, start, progress)
+            made = _tried(step, _Case(student, dense, lessons, healing), progress)
         done.append(made)
         if kept is not None and running is not None and is_main():
             kept.write({"refined": asdict(made)}, models.state_tensors(student))
@@ -92,10 +84,59 @@ def _load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             tensor.copy_(tensors[name])
 
 
-def _judged(student: Any, dense: Any, lessons: Lessons, healing: Healing) -> Tensor:
-    place = student.device
-    teacher = Teacher(dense, healing.temperature, around=around(healing, place))
-    return distil.judge(student, teacher, lessons.held_out.to(place), healing)
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A model to refine, the one that it comes from, and what is known and wanted."""
+
+    student: Any
+    dense: Any
+    lessons: Lessons
+    healing: Healing
+
+    @property
+    def fit(self) -> Tensor:
+        """The windows to fit to, where the model is."""
+        return self.lessons.fit.to(self.student.device)
+
+    @property
+    def few(self) -> Tensor:
+        """Half of them, for gradients."""
+        return self.fit[: max(1, len(self.lessons.fit) // 2)]
+
+    def judged(self) -> Tensor:
+        """Return what each held-out window says."""
+        place = self.student.device
+        teacher = distil.teacher_for(self.dense, self.healing, place)
+        return distil.judge(self.student, teacher, self.lessons.held_out.to(place), self.healing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What came of one: the judgements of what is best, the tokens it took, and how to take it back."""
+
+    after: Tensor
+    tokens: int
+    detail: str
+    undo: Callable[[], None]
+
+
+def _tried(step: Refinement, case: _Case, progress: measure.Progress) -> Refined:
+    """Do one refinement, and take it back unless it is better by more than the standard error."""
+    start, before = time.perf_counter(), case.judged()
+    attempts = {"ranks": _ranks, "closed": _closed, "block": _block}
+    found = attempts[step](case, before, progress)
+    gain = measure.lower(found.after, before)
+    if not gain:
+        found.undo()
+    return Refined(
+        step=step,
+        before=float(before.mean()),
+        after=float((found.after if gain else before).mean()),
+        gain=gain,
+        tokens=found.tokens,
+        seconds=time.perf_counter() - start,
+        detail=found.detail,
+    )
 
 
 def _logits(
@@ -122,80 +163,59 @@ def _logits(
     )
 
 
-def _closed(
-    student: Any,
-    dense: Any,
-    lessons: Lessons,
-    healing: Healing,
-    metrics: closed.Metrics | None,
-    start: float,
-    progress: measure.Progress,
-) -> Refined:
-    """Try every mixture from the same start, and keep the best if it is better than the start."""
+def _closed(case: _Case, before: Tensor, progress: measure.Progress) -> _Attempt:
+    """Try every mixture from the same start, and leave the best."""
+    student, mixtures = case.student, case.healing.mixtures
     names = [name for block in models.block_names(student) for name in closed.linears(student, block)]
-    before = best = _judged(student, dense, lessons, healing)
     # All at once: what modules share stays shared.
     first = copy.deepcopy({name: student.get_submodule(name) for name in names})
-    kept, share = first, None
-    fit = lessons.fit.to(student.device)
-    total = len(healing.mixtures) * len(models.block_names(student))
-    if metrics is None:
-        metrics = closed.Metrics.measured(dense, names, fit[: max(1, len(fit) // 2)])
-    for number, mixture in enumerate(healing.mixtures):
+    best, kept, detail = before, first, "no mixture is better than none"
+    metrics = closed.Metrics.measured(case.dense, names, case.few)
+    for number, mixture in enumerate(mixtures):
         _put(student, copy.deepcopy(first))
 
         def shown(done: int, blocks: int, number: int = number) -> None:
-            progress(number * blocks + done, total)
+            progress(number * blocks + done, len(mixtures) * blocks)
 
-        closed.refit(
-            student, dense, fit, mixture, metrics=metrics,
-            watch=shown,
-        )  # fmt: skip
-        found = _judged(student, dense, lessons, healing)
+        closed.refit(student, case.dense, case.fit, mixture, metrics=metrics, watch=shown)
+        found = case.judged()
         if float(found.mean()) < float(best.mean()):
-            best, share = found, mixture
+            best, detail = found, f"mixture {mixture:g}"
             kept = {name: student.get_submodule(name) for name in names}
-    gain = measure.lower(best, before)
-    _put(student, kept if gain else first)
-    detail = f"mixture {share:g}" if gain and share is not None else "no mixture is better than none"
-    return _outcome("closed", before, best, gain, lessons.fit.numel(), start, detail)
+    _put(student, kept)
+    return _Attempt(best, case.fit.numel(), detail, lambda: _put(student, first))
 
 
-def _ranks(
-    student: Any,
-    dense: Any,
-    lessons: Lessons,
-    healing: Healing,
-    start: float,
-    progress: measure.Progress,
-) -> Refined:
-    """Move rank between matrices, and keep that if it is better."""
-    before = _judged(student, dense, lessons, healing)
-    fit = lessons.fit[: max(1, len(lessons.fit) // 2)]
-    moved = reallocate.reallocated(student, dense, fit, watch=progress)
-    kept = {name: student.get_submodule(name) for name in moved}
+def _ranks(case: _Case, before: Tensor, progress: measure.Progress) -> _Attempt:
+    """Move rank between matrices."""
+    student = case.student
+    moved = reallocate.reallocated(student, case.dense, case.few, watch=progress)
+    first = {name: student.get_submodule(name) for name in moved}
     _put(student, moved)
-    after = _judged(student, dense, lessons, healing)
-    gain = bool(moved) and measure.lower(after, before)
-    if not gain:
-        _put(student, kept)
     detail = f"{len(moved)} matrices get another rank"
-    return _outcome("ranks", before, after, gain, fit.numel(), start, detail)
-
-
-def _outcome(
-    step: Refinement, before: Tensor, after: Tensor, gain: bool, tokens: int, start: float, detail: str
-) -> Refined:
-    """Return what a refinement did, from what each held-out window said; without a gain it was taken back."""
-    return Refined(
-        step=step,
-        before=float(before.mean()),
-        after=float((after if gain else before).mean()),
-        gain=gain,
-        tokens=tokens,
-        seconds=time.perf_counter() - start,
-        detail=detail,
+    return _Attempt(
+        case.judged() if moved else before, case.few.numel(), detail, lambda: _put(student, first)
     )
+
+
+def _block(case: _Case, before: Tensor, progress: measure.Progress) -> _Attempt:
+    """Match the output of every block."""
+    student, healing = case.student, case.healing
+    names = trained_names(student, "blocks" if healing.train == "all" else healing.train)
+    first = {name: student.get_parameter(name).detach().clone() for name in names}
+    with training(student, names, healing):
+        better = blockwise.refine(
+            student, case.dense, case.fit, case.lessons.held_out, healing,
+            metrics=blockwise.costs(case.dense, case.few), trained=names, watch=progress,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def undo() -> None:
+        for name, value in first.items():
+            student.get_parameter(name).copy_(value)
+
+    detail = f"{better} of {len(models.block_names(student))} blocks better"
+    return _Attempt(case.judged(), healing.block_epochs * case.fit.numel(), detail, undo)
 
 
 def _put(student: nn.Module, modules: Mapping[str, nn.Module]) -> None:
@@ -203,38 +223,6 @@ def _put(student: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         models.replace(student, name, module)
 
 
-def _block(
-    student: Any,
-    dense: Any,
-    lessons: Lessons,
-    healing: Healing,
-    start: float,
-    progress: measure.Progress,
-) -> Refined:
-    before = _judged(student, dense, lessons, healing)
-    fit = lessons.fit.to(student.device)
-    names = trained_names(student, "blocks" if healing.train == "all" else healing.train)
-    first = {name: student.get_parameter(name).detach().clone() for name in names}
-    with training(student, names, healing):
-        better = blockwise.refine(
-            student, dense, fit, lessons.held_out, healing,
-            metrics=blockwise.costs(dense, fit[: max(1, len(fit) // 2)]), trained=names, watch=progress,
-        )  # fmt: skip
-    after = _judged(student, dense, lessons, healing)
-    gain = measure.lower(after, before)
-    if not gain:
-        with torch.no_grad():
-            for name, value in first.items():
-                student.get_parameter(name).copy_(value)
-    detail = f"{better} of {len(models.block_names(student))} blocks better"
-    return _outcome("block", before, after, gain, healing.block_epochs * lessons.fit.numel(), start, detail)
-
-
 def key_of(*parts: object) -> str:
     """Return one text that says everything in `parts`, for a checkpoint."""
     return json.dumps(parts, default=str, sort_keys=True)
-
-
-def tokens_learned(steps: Sequence[Refined]) -> int:
-    """Return how many tokens were learned from in all, repeats counted."""
-    return sum(step.tokens for step in steps)

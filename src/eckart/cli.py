@@ -2,24 +2,34 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from . import __version__, api, healing, hub, pipeline, recipe, render, report
 from .bars import Bars
-from .errors import ConfigError, EckartError
+from .errors import ConfigError
 from .healing import Healing
 from .mend import Ward
 from .recipe import Recipe
 from .result import Result
+from .terminal import (
+    AsJson,
+    Bos,
+    Cache,
+    Device,
+    EvalSources,
+    ForeignSources,
+    Model,
+    Overwrite,
+    Remote,
+    Sources,
+    failures,
+    show,
+    work_folder,
+)
 from .training import is_main
 
 app = typer.Typer(
@@ -28,33 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find the low-rank structure of a language model and shrink the model by it.",
 )
-INTERRUPTED = 130
-
-Model = Annotated[str | None, typer.Argument(help="Hub id, folder or .gguf file.")]
-Sources = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text", help="Text to calibrate on: a file, a .jsonl with text or messages, or a datasets id."
-    ),
-]
-EvalSources = Annotated[
-    list[str] | None,
-    typer.Option("--eval-text", help="Text to measure on; default: the last 5 % of --text, left out above."),
-]
-ForeignSources = Annotated[
-    list[str] | None,
-    typer.Option("--foreign-text", help="Text of another kind to measure on as well."),
-]
-Cache = Annotated[
-    Path | None, typer.Option(help="Folder to keep the dense model's predictions in, for later runs.")
-]
-Device = Annotated[str | None, typer.Option(help="cuda, mps, cpu; default: the first that is there.")]
-Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin windows with the begin token.")]
-Remote = Annotated[
-    bool | None, typer.Option("--trust-remote-code/--no-remote-code", help="Run code that the model brings.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def _version(value: bool) -> None:
@@ -70,28 +53,6 @@ def main(
     ] = False,
 ) -> None:
     """Find the low-rank structure of a language model and shrink the model by it."""
-
-
-@contextmanager
-def _failures(out: Path | None = None) -> Iterator[None]:
-    """Turn the errors that users cause into one line and exit code 2, and Ctrl-C into 130."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    except EckartError as error:
-        _fail(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        work = None if out is None else _work(out)
-        if work is not None and work.exists():
-            kept = f"the state is kept in {work}, the same command goes on from there"
-            _fail(f"interrupted: {kept}", INTERRUPTED)
-        _fail("interrupted: nothing was written", INTERRUPTED)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False, highlight=False)
-    raise typer.Exit(code)
 
 
 @app.command()
@@ -180,7 +141,7 @@ def compress(
         "seed": seed, "labels": labels, "damp": damp, "alpha": alpha, "bos": bos, "dtype": dtype,
         "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    with _failures(out):
+    with failures(out):
         resolved = _recipe(recipe_file, given)
         if heal and resolved.heal is None:
             resolved = replace(resolved, heal=Healing())
@@ -194,7 +155,7 @@ def compress(
         hub.check_output(out, overwrite, resolved.model)
         resolved.check_text()
         result = _run(resolved, out, overwrite, cache)
-        _show(render.to_json(result.to_dict()) if as_json else result, as_json)
+        show(render.to_json(result.to_dict()) if as_json else result, as_json)
         if not as_json:
             print(f"written to {out}")
 
@@ -212,11 +173,11 @@ def _print_plan(resolved: Recipe, as_json: bool) -> None:
     model = hub.skeleton(resolved.model, trust_remote_code=remote)
     stored = hub.stored_dtype(resolved.model, trust_remote_code=remote)
     plan = pipeline.plan(resolved, model, stored)
-    _show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
+    show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
 
 
 def _run(resolved: Recipe, out: Path, overwrite: bool, cache: Path | None) -> Result:
-    work = _work(out)
+    work = work_folder(out)
     with Bars() as bars:
         bars.watch("load", 0, 1)
         loaded = pipeline.load_for(resolved)
@@ -227,11 +188,6 @@ def _run(resolved: Recipe, out: Path, overwrite: bool, cache: Path | None) -> Re
         bars.watch("write", 1, 1)
     shutil.rmtree(work, ignore_errors=True)
     return result.with_file_bytes(hub.weight_bytes(out))
-
-
-def _work(out: Path) -> Path:
-    """Return where a run that writes `out` keeps its state until then."""
-    return out.parent / f".{out.name}.healing"
 
 
 @app.command()
@@ -310,7 +266,7 @@ def heal(
         "seed": seed,
     }  # fmt: skip
     remote = bool(trust_remote_code)
-    with _failures(out):
+    with failures(out):
         settings = healing.from_mapping(recipe.override(_heal_section(recipe_file), given), "heal")
         for source in (model, teacher):
             hub.check_output(out, overwrite, source)
@@ -318,15 +274,15 @@ def heal(
             bars.watch("load", 0, 1)
             found, done = api.heal(
                 model, teacher, text, settings=settings, eval_text=eval_text, foreign_text=foreign_text,
-                eval_tokens=eval_tokens, bos=bool(bos), work=_work(out), cache=cache, dtype=dtype,
+                eval_tokens=eval_tokens, bos=bool(bos), work=work_folder(out), cache=cache, dtype=dtype,
                 device=device, trust_remote_code=remote, watch=bars.watch,
             )  # fmt: skip
             if not is_main():
                 return
             tokenizer = hub.load_tokenizer(model, trust_remote_code=remote)
             api.save(found, tokenizer, out, done, source=model, overwrite=overwrite)
-        shutil.rmtree(_work(out), ignore_errors=True)
-        _show(render.to_json(done.to_dict()) if as_json else done, as_json)
+        shutil.rmtree(work_folder(out), ignore_errors=True)
+        show(render.to_json(done.to_dict()) if as_json else done, as_json)
         if not as_json:
             print(f"written to {out}")
 
@@ -336,15 +292,6 @@ def _heal_section(path: Path | None) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: heal must be a mapping of settings, got {found!r}")
     return found
-
-
-def _show(what: Any, as_json: bool) -> None:
-    if as_json:
-        print(what)
-    else:
-        # In a pipe, tables have a fixed width and sentences are not broken.
-        piped = not sys.stdout.isatty()
-        Console(width=120 if piped else None).print(what, soft_wrap=piped)
 
 
 @app.command("eval")
@@ -361,7 +308,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity, and how far a model is from another."""
-    with _failures():
+    with failures():
         options: dict[str, Any] = {
             "tokens": tokens, "seq_len": seq_len, "bos": bos, "dtype": dtype, "device": device,
             "against": against, "trust_remote_code": trust_remote_code,
@@ -374,7 +321,7 @@ def evaluate(
         if as_json:
             print(render.to_json({"model": model, "text": text, **options, "result": asdict(found)}))
         else:
-            _show(report.evaluation_table(model, found, against), as_json=False)
+            show(report.evaluation_table(model, found, against), as_json=False)
 
 
 if __name__ == "__main__":

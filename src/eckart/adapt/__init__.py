@@ -1,0 +1,1 @@
+"""Adapters: trained, taken out of fine-tuned models, resized, merged, and counted."""

@@ -1,0 +1,79 @@
+"""What the commands have in common: options, errors that end them, and how results are shown."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from .errors import EckartError
+
+INTERRUPTED = 130
+
+Model = Annotated[str | None, typer.Argument(help="Hub id, folder or .gguf file.")]
+Sources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", help="Text to calibrate on: a file, a .jsonl with text or messages, or a datasets id."
+    ),
+]
+EvalSources = Annotated[
+    list[str] | None,
+    typer.Option("--eval-text", help="Text to measure on; default: the last 5 % of --text, left out above."),
+]
+ForeignSources = Annotated[
+    list[str] | None,
+    typer.Option("--foreign-text", help="Text of another kind to measure on as well."),
+]
+Cache = Annotated[
+    Path | None, typer.Option(help="Folder to keep the dense model's predictions in, for later runs.")
+]
+Device = Annotated[str | None, typer.Option(help="cuda, mps, cpu; default: the first that is there.")]
+Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin windows with the begin token.")]
+Remote = Annotated[
+    bool | None, typer.Option("--trust-remote-code/--no-remote-code", help="Run code that the model brings.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@contextmanager
+def failures(out: Path | None = None) -> Iterator[None]:
+    """Turn the errors that users cause into one line and exit code 2, and Ctrl-C into 130."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    except EckartError as error:
+        fail(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        work = None if out is None else work_folder(out)
+        if work is not None and work.exists():
+            kept = f"the state is kept in {work}, the same command goes on from there"
+            fail(f"interrupted: {kept}", INTERRUPTED)
+        fail("interrupted: nothing was written", INTERRUPTED)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print `message` on stderr and end with exit code `code`."""
+    Console(stderr=True, soft_wrap=True).print(message, style="red", markup=False, highlight=False)
+    raise typer.Exit(code)
+
+
+def show(what: Any, as_json: bool) -> None:
+    """Print a result: JSON text as it is, anything else by rich."""
+    if as_json:
+        print(what)
+    else:
+        # In a pipe, tables have a fixed width and sentences are not broken.
+        piped = not sys.stdout.isatty()
+        Console(width=120 if piped else None).print(what, soft_wrap=piped)
+
+
+def work_folder(out: Path) -> Path:
+    """Return where a run that writes `out` keeps its state until then."""
+    return out.parent / f".{out.name}.healing"

@@ -59,6 +59,20 @@ LAYERS = {
     "cli": 16,
     "__main__": 17,
     "adapt": 0,
+    "adapt.tuning": 3,
+    "adapt.examples": 5,
+    "adapt.batches": 6,
+    "adapt.targets": 6,
+    "adapt.quantised": 7,
+    "adapt.allocation": 7,
+    "adapt.judge": 7,
+    "adapt.attach": 8,
+    "adapt.adalora": 9,
+    "adapt.trainer": 10,
+    "adapt.tuned": 10,
+    "adapt.tune": 12,
+    "adapt.report_tune": 13,
+    "adapt.commands_tune": 15,
 }
 LOWEST_WITH_TRANSFORMERS = LAYERS["models"]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

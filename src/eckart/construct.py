@@ -27,3 +27,23 @@ def construct(kind: Any, values: Mapping[str, Any], where: str) -> Any:
         return kind(**values)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def check_number(
+    name: str, value: Any, kind: type, least: float, *, most: float | None = None, above: bool = False
+) -> None:
+    """Raise ConfigError unless `value` is a number of `kind` (int or float) within the bounds.
+
+    Args:
+        name: how the message calls it.
+        least: the smallest legal value; with `above`, it is itself illegal.
+        most: the largest.
+    """
+    legal = isinstance(value, (kind, int)) and not isinstance(value, bool)
+    number = float(value) if legal else least - 1
+    if number >= least and not (above and number == least) and (most is None or number <= most):
+        return
+    bound = f"of at least {least:g}" if most is None else f"in [{least:g}, {most:g}]"
+    if above:
+        bound = f"above {least:g}"
+    raise ConfigError(f"{name} {value!r}: must be {'a whole number' if kind is int else 'a number'} {bound}")

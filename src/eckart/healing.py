@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .construct import construct
+from .construct import check_number, construct
 from .errors import ConfigError
 
 Refinement = Literal["ranks", "closed", "block", "logits"]
@@ -99,19 +99,19 @@ class Healing:
             if getattr(self, name) not in legal:
                 raise ConfigError(f"{name} {getattr(self, name)!r}: legal are {', '.join(legal)}")
         for name in (*_WHOLE, "adapter_rank"):
-            _check(name, getattr(self, name), int, 1)
-        _check("seq_len", self.seq_len, int, 2)
-        _check("seed", self.seed, int, 0)
+            check_number(name, getattr(self, name), int, 1)
+        check_number("seq_len", self.seq_len, int, 2)
+        check_number("seed", self.seed, int, 0)
         if self.largest is not None:
-            _check("largest", self.largest, int, 1)
+            check_number("largest", self.largest, int, 1)
         if self.rate is not None:
-            _check("rate", self.rate, float, 0.0, above=True)
+            check_number("rate", self.rate, float, 0.0, above=True)
         for name in (*_POSITIVE, "clip"):
-            _check(name, getattr(self, name), float, 0.0, above=True)
+            check_number(name, getattr(self, name), float, 0.0, above=True)
         for name in _SHARES:
-            _check(name, getattr(self, name), float, 0.0, most=1.0)
+            check_number(name, getattr(self, name), float, 0.0, most=1.0)
         for share in self.mixtures:
-            _check("mixtures", share, float, 0.0, most=1.0)
+            check_number("mixtures", share, float, 0.0, most=1.0)
         if not isinstance(self.checkpointing, bool):
             raise ConfigError(f"checkpointing {self.checkpointing!r}: must be true or false")
         if not self.mixtures:
@@ -144,19 +144,6 @@ class Refined:
     seconds: float
     detail: str
     curve: tuple[tuple[int, float], ...] = ()
-
-
-def _check(
-    name: str, value: Any, kind: type, least: float, *, most: float | None = None, above: bool = False
-) -> None:
-    legal = isinstance(value, (kind, int)) and not isinstance(value, bool)
-    number = float(value) if legal else least - 1
-    if number >= least and not (above and number == least) and (most is None or number <= most):
-        return
-    bound = f"of at least {least:g}" if most is None else f"in [{least:g}, {most:g}]"
-    if above:
-        bound = f"above {least:g}"
-    raise ConfigError(f"{name} {value!r}: must be {'a whole number' if kind is int else 'a number'} {bound}")
 
 
 def from_mapping(values: Mapping[str, Any], where: str = "heal") -> Healing:

@@ -27,19 +27,31 @@ def read(source: str | Path, tokenizer: Any) -> str:
         ConfigError: no such file or dataset, no text in it, not UTF-8, or no usable column.
     """
     path = Path(source)
-    if path.is_file() and path.suffix == ".jsonl":
-        rows = _json_rows(path)
-        text = "\n\n".join(_row_text(row, tokenizer, str(source)) for row in rows)
-    elif path.is_file():
-        text = _plain(path)
+    if path.is_file() and path.suffix != ".jsonl":
+        text = plain(path)
     else:
-        text = "\n\n".join(_row_text(row, tokenizer, str(source)) for row in _dataset_rows(str(source)))
+        text = "\n\n".join(_row_text(row, tokenizer, str(source)) for row in rows(source))
     if not text.strip():
         raise ConfigError(f"{source} holds no text")
     return text
 
 
-def _plain(path: Path) -> str:
+def rows(source: str | Path) -> Iterable[Mapping[str, Any]]:
+    """Return the rows of a `.jsonl` file or of a dataset, by the names of `read`.
+
+    Raises:
+        ConfigError: no such file or dataset, not UTF-8, or a line that is no JSON object.
+    """
+    path = Path(source)
+    return _json_rows(path) if path.is_file() else _dataset_rows(str(source))
+
+
+def plain(path: Path) -> str:
+    """Return the content of a UTF-8 file.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -47,7 +59,7 @@ def _plain(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(_plain(path).splitlines(), 1):
+    for number, line in enumerate(plain(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -1,0 +1,98 @@
+"""A base in NF4 by bitsandbytes, and the low-rank part of the error that this makes."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..errors import ConfigError, ModelError
+from ..factors import LowRank
+from ..linalg import Metric, to_float64, weighted_svd
+
+DAMP = 1e-3
+"""Of the metric of the inputs, relative to its mean: the first batches do not span every input."""
+
+
+def _bitsandbytes() -> Any:
+    # It says at its first use that a kernel package is missing, which is not needed.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ConfigError("NF4 needs bitsandbytes: pip install 'eckart[tune]'") from error
+    return bitsandbytes
+
+
+@torch.no_grad()
+def quantise(model: Any, name: str, *, double: bool, compute: torch.dtype) -> Tensor:
+    """Store an nn.Linear of `model`, in place, in NF4 in blocks of 64 (QLoRA, Dettmers et al. 2023).
+
+    Args:
+        model: on the device that it will run on.
+        name: of the nn.Linear.
+        double: quantise the constants of the blocks as well, in blocks of 256.
+        compute: dtype of inputs and products.
+
+    Returns:
+        The weight (m, n) as it was.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+        ModelError: no nn.Linear of that name.
+    """
+    bnb = _bitsandbytes()
+    linear = models.find(model, name)
+    options = {"compress_statistics": double, "quant_type": "nf4"}
+    with torch.device("meta"):
+        made = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=compute, **options
+        )
+    weight = linear.weight.detach()
+    made.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, blocksize=64, **options)
+    made.bias = linear.bias
+    models.replace(model, name, made.to(weight.device))
+    model.is_loaded_in_4bit = True  # by this PEFT knows which layers to make
+    return weight
+
+
+def dequantised(module: nn.Module) -> Tensor:
+    """Return the weight (m, n) that an NF4 linear map multiplies by.
+
+    Raises:
+        ModelError: it is not one.
+    """
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        raise ModelError(f"{type(module).__name__} holds no quantised weight")
+    found: Tensor = _bitsandbytes().functional.dequantize_4bit(weight.data, state)
+    return found
+
+
+def bits_per_parameter(module: nn.Module) -> float:
+    """Return what an NF4 linear map really stores, codebooks and constants included, per parameter."""
+    state: Any = getattr(module.weight, "quant_state")  # noqa: B009
+    tensors = [module.weight.data, state.absmax, state.code]
+    if state.nested:
+        tensors += [state.state2.absmax, state.state2.code, state.offset.reshape(1)]
+    sizes: int = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return 8 * sizes / int(state.shape.numel())
+
+
+def residual(weight: Tensor, module: nn.Module, moment: Tensor, rank: int) -> LowRank:
+    """Return the best rank-`rank` part of W - Q in the metric of the inputs, float64 on the CPU.
+
+    Minimises tr((W - Q - L R) H (W - Q - L R)^T): L R is what a LoRA on Q starts from to be nearest to W
+    (QERA-exact, Zhang et al. 2024; LoftQ, Li et al. 2023, has the identity for H and iterates).
+
+    Args:
+        weight: W (m, n) as it was.
+        module: the NF4 linear map that holds Q.
+        moment: H (n, n), the second moment of its inputs.
+        rank: at most min(m, n).
+    """
+    error = to_float64(weight) - to_float64(dequantised(module))
+    svd = weighted_svd(error, Metric(weight.shape[1], moment, DAMP), Metric(weight.shape[0]))
+    return LowRank(svd.left[:, :rank], svd.right[:rank]).balanced()

@@ -1,0 +1,62 @@
+"""Which linear maps of a model an adapter goes on: found by structure, inside compressed modules as well."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .. import models
+from ..errors import ModelError
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Return every linear map by name: nn.Linear, those inside compressed modules, quantised ones.
+
+    Right factors that several modules share are left out: an adapter on one of them would be missing in
+    the others where the adapter is loaded by others than eckart.
+    """
+    shared = {f"{name}.down" for pair in models.bases(model).items() for name in pair}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in shared
+    }
+
+
+def names(model: Any, targets: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
+    """Return the names of the linear maps to adapt, in the order of the model.
+
+    Args:
+        model: a causal language model, compressed or not.
+        targets: globs on names, whole or from a dot on; a compressed module stands for the linear maps
+            inside it, so `q_proj` does what it says on a factored q_proj. Default: all in the blocks.
+        exclude: globs on what to leave out.
+
+    Raises:
+        ModelError: a pattern matches nothing (with what is close to it), or nothing is left.
+    """
+    found = list(linears(model))
+    owners = {name: _owner(model, name) for name in found}
+    for patterns in (targets, exclude):
+        models.check_patterns(list(dict.fromkeys([*found, *owners.values()])), patterns)
+    blocks = models.block_names(model)
+
+    def matches(name: str, patterns: Sequence[str]) -> bool:
+        return any(models.match_one(one, patterns) is not None for one in (name, owners[name]))
+
+    chosen = [name for name in found if (matches(name, targets) if targets else models.owner(name, blocks))]
+    left = [name for name in chosen if not matches(name, exclude)]
+    if not left:
+        raise ModelError(f"no linear map left to adapt: exclude {list(exclude)} removes all {len(chosen)}")
+    return left
+
+
+def _owner(model: nn.Module, name: str) -> str:
+    """Return the compressed module that the linear map `name` is inside of, or `name`."""
+    return models.owner(name, models.low_rank_modules(model)) or name
+
+
+def shapes(model: nn.Module, chosen: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Return (m, n) of each of `chosen`, whatever its weights are stored as."""
+    found = linears(model)
+    return {name: (found[name].out_features, found[name].in_features) for name in chosen}

@@ -286,7 +286,8 @@ def check_output(out: Path, overwrite: bool, source: str | None = None) -> None:
         return
     if not overwrite:
         raise StoreError(f"{out} exists: choose another --out, or pass --overwrite to replace it")
-    if not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").is_file()):
+    known = [out / name for name in ("config.json", "adapter_config.json")]
+    if not out.is_dir() or (any(out.iterdir()) and not any(path.is_file() for path in known)):
         raise StoreError(f"{out} is not a model folder: --overwrite will not replace it")
 
 

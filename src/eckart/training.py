@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import models
 from .errors import ConfigError, ModelError
-from .healing import Healing, Train
+from .healing import Healing, Precision, Train
 
 
 def is_main() -> bool:
@@ -20,10 +20,18 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def precision(healing: Healing, device: torch.device) -> torch.dtype:
+class Precise(Protocol):
+    """Settings that say what to multiply in."""
+
+    @property
+    def precision(self) -> Precision:
+        """float32, bfloat16 or auto."""
+
+
+def precision(settings: Precise, device: torch.device) -> torch.dtype:
     """Return the dtype to multiply in: bfloat16 where the device has it in hardware, if it is not given."""
-    if healing.precision != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[healing.precision]
+    if settings.precision != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[settings.precision]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported()
     else:
@@ -32,9 +40,9 @@ def precision(healing: Healing, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def around(healing: Healing, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+def around(settings: Precise, device: torch.device) -> Callable[[], contextlib.AbstractContextManager[Any]]:
     """Return the context to compute in."""
-    dtype = precision(healing, device)
+    dtype = precision(settings, device)
     if dtype == torch.float32:
         return contextlib.nullcontext
     return lambda: torch.autocast(device.type, dtype)
@@ -97,9 +105,9 @@ def training(model: nn.Module, names: Sequence[str], healing: Healing) -> Iterat
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     model.eval()
-    recomputed = _recomputed(model) if healing.checkpointing else contextlib.nullcontext()
+    again = recomputed(model) if healing.checkpointing else contextlib.nullcontext()
     try:
-        with recomputed:
+        with again:
             yield {name: parameter for name, parameter in model.named_parameters() if name in chosen}
     finally:
         for module, mode in modes.items():
@@ -110,7 +118,7 @@ def training(model: nn.Module, names: Sequence[str], healing: Healing) -> Iterat
 
 
 @contextlib.contextmanager
-def _recomputed(model: nn.Module) -> Iterator[None]:
+def recomputed(model: nn.Module) -> Iterator[None]:
     """Recompute the activations of the blocks on the way back.
 
     What transformers has for this needs the blocks in training mode, and some drop out then.

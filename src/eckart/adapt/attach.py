@@ -1,6 +1,8 @@
 """Put PEFT's layers on a model, as the settings say, and start them."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +87,7 @@ def attach(
         moments = _moments(model, wanted, batches, around, watch)
         corrections, error = _quantised(model, chosen, tuning, moments, compute, watch)
     config = _config(model, tuning, chosen, steps, passes)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), known_warnings():
         torch.manual_seed(tuning.seed)
         made = _with_layers(model, config, tuning, batches, around)
     for name, factors in corrections.items():
@@ -93,6 +95,14 @@ def attach(
     start = {name: _value(made, name) for name in chosen} if tuning.starting in MUTATING else {}
     found = {name: _layer(made, name).r[ADAPTER] for name in chosen}
     return Attached(made, found, start, error, notes)
+
+
+@contextlib.contextmanager
+def known_warnings() -> Iterator[None]:
+    """Silence what PEFT makes transformers and itself warn about, by name, where nothing is wrong."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def _peft() -> Any:
@@ -188,7 +198,9 @@ def _config(model: Any, tuning: Tuning, ranks: Mapping[str, int], steps: int, pa
     if tuning.starting == "eva":
         extra["eva_config"] = peft.EvaConfig(use_label_mask=tuning.task == "generation")
     if tuning.starting == "corda":
-        extra["corda_config"] = peft.tuners.lora.config.CordaConfig()
+        from peft.tuners.lora.config import CordaConfig
+
+        extra["corda_config"] = CordaConfig()
     return peft.LoraConfig(
         **common, **patterns, **extra, r=rank, lora_alpha=tuning.alpha or 2 * rank,
         use_rslora=tuning.rslora, use_dora=tuning.method == "dora",
@@ -224,8 +236,10 @@ def _with_layers(
                 with around():
                     model(input_ids=batch["input_ids"], use_cache=False)
 
-        peft.tuners.lora.corda.preprocess_corda(model, config, run_model=run)
-    made = peft.get_peft_model(model, config)
+        from peft.tuners.lora.corda import preprocess_corda
+
+        preprocess_corda(model, config, run_model=run)
+    made = peft.get_peft_model(model, config, low_cpu_mem_usage=tuning.starting == "eva")
     if tuning.starting == "eva":
         given = [dict(batch) for batch in batches]
         peft.initialize_lora_eva_weights(made, given, show_progress_bar=False)

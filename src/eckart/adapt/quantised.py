@@ -16,7 +16,7 @@ DAMP = 1e-3
 
 
 def _bitsandbytes() -> Any:
-    # It says at its first use that a kernel package is missing, which is not needed.
+    # Imported first, it says that a package of kernels is missing, which is not needed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
@@ -52,6 +52,9 @@ def quantise(model: Any, name: str, *, double: bool, compute: torch.dtype) -> Te
     weight = linear.weight.detach()
     made.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, blocksize=64, **options)
     made.bias = linear.bias
+    # On some CPUs an evaluation would otherwise repack the weight for good: other numbers, which are no
+    # longer doubly quantised and which cannot be trained on, and an error unless widths are multiples of 64.
+    made.support_avx512bf16_for_cpu = False
     models.replace(model, name, made.to(weight.device))
     model.is_loaded_in_4bit = True  # by this PEFT knows which layers to make
     return weight

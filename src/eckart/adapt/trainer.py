@@ -1,7 +1,8 @@
-"""transformers' Trainer with what it lacks: exact held-out loss, checkpoints of what is trained, a stop at NaN."""
+"""Trainer of transformers with exact held-out loss, checkpoints of what is trained, and a stop at NaN."""
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,19 +36,28 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     ) -> None:
         super().__init__(**options)
         self.judged, self.allocation = judged, allocation
+        self.spent = 0.0
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Do one backward pass; stop at a loss that is no number, before it reaches the weights."""
+        began = time.perf_counter()
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         worst = loss.detach()
         if self.accelerator.num_processes > 1:  # they must stop together
             worst = self.accelerator.reduce(worst, "sum")
         if not bool(torch.isfinite(worst)):
             raise NotFinite(f"the loss is {float(worst)} at step {self.state.global_step + 1}")
+        self.spent += time.perf_counter() - began
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keep the seconds of a step beside its loss."""
+        if "loss" in logs:
+            logs["seconds"], self.spent = self.spent, 0.0
+        super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Judge the model on the held-out examples, by the token."""
@@ -57,7 +67,9 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         if found.accuracy is not None:
             metrics["eval_accuracy"] = found.accuracy
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -154,8 +166,6 @@ def arguments(
         max_grad_norm=tuning.clip,
         optim="paged_adamw_32bit" if paged else "adamw_torch",
         bf16=precision == torch.bfloat16,
-        gradient_checkpointing=tuning.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps",
         eval_steps=plan.steps,
         save_strategy="steps",

@@ -1,0 +1,74 @@
+"""Ranks before training: where the loss falls fastest per parameter of an adapter."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import models
+from . import spectrum, targets
+from .batches import Batch, evaluating
+from .judge import token_losses
+from .tuning import Tuning
+
+Watch = Callable[[str, int, int], None]
+
+
+def ranks(
+    model: Any,
+    chosen: Sequence[str],
+    tuning: Tuning,
+    batches: Sequence[Batch],
+    around: Callable[[], AbstractContextManager[Any]],
+    watch: Watch,
+) -> dict[str, int]:
+    """Return the rank of each of `chosen`: uniform, or by the spectra of the gradients of `batches`.
+
+    A step of given length along the best rank-r part of a gradient G lowers the loss, to first order, by the
+    sum of the r largest squared singular values of G (that part is where LoRA-GA begins, Wang et al. 2024). A
+    rank of an (m, n) matrix costs m + n parameters, so one threshold on gain per parameter, over all
+    matrices, spends the budget best. A matrix may get none.
+
+    Raises:
+        RankError: the budget does not hold one rank of any matrix.
+    """
+    if tuning.rank != "auto":
+        return dict.fromkeys(chosen, tuning.rank_at_start)
+    shapes = targets.shapes(model, chosen)
+    budget = tuning.budget or tuning.auto_rank * sum(map(sum, shapes.values()))
+    spectra = _spectra(model, chosen, batches, around, watch)
+    found = spectrum.share(spectrum.Budget(budget), spectra, shapes)
+    return {name: int(found[name]) for name in chosen}
+
+
+def _spectra(
+    model: Any,
+    chosen: Sequence[str],
+    batches: Sequence[Batch],
+    around: Callable[[], AbstractContextManager[Any]],
+    watch: Watch,
+) -> dict[str, Tensor]:
+    """Return the singular values of the gradient of the mean loss per token at each weight, on the CPU."""
+    learning = {name: models.find(model, name).weight for name in chosen}
+    before: Mapping[Tensor, bool] = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for weight in learning.values():
+        weight.requires_grad_(True)
+    try:
+        with evaluating(model), torch.enable_grad():
+            for index, batch in enumerate(batches):
+                with around():
+                    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
+                token_losses(logits, batch["labels"]).sum().backward()  # type: ignore[no-untyped-call]
+                watch("look at gradients", index + 1, len(batches))
+        return {
+            name: spectrum.spectrum(weight.grad.float()).cpu()
+            for name, weight in learning.items()
+            if weight.grad is not None
+        }
+    finally:
+        for parameter, wanted in before.items():
+            parameter.requires_grad_(wanted)
+            parameter.grad = None

@@ -6,6 +6,8 @@ Importing it teaches transformers to load compressed folders (quantization metho
 __version__ = "0.1.0"
 
 from . import linalg
+from .adapt.difference import diff
+from .adapt.toolbox import extract, merge, resize
 from .api import compress, evaluate, heal, load, save
 from .errors import (
     ConfigError,
@@ -36,9 +38,13 @@ __all__ = [
     "collect",
     "compress",
     "densify",
+    "diff",
     "evaluate",
+    "extract",
     "heal",
     "linalg",
     "load",
+    "merge",
+    "resize",
     "save",
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, api, healing, hub, pipeline, recipe, render, report
+from .adapt import commands_adapters
 from .bars import Bars
 from .errors import ConfigError
 from .healing import Healing
@@ -322,6 +323,9 @@ def evaluate(
             print(render.to_json({"model": model, "text": text, **options, "result": asdict(found)}))
         else:
             show(report.evaluation_table(model, found, against), as_json=False)
+
+
+commands_adapters.register(app)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,8 @@ class Extracted:
 
     `before` and `after` compare the base, without and with the adapter, to the tuned model on held-out
     text; None without text. `unchanged` counts tensors that are equal. `error` and `weighted` are over all
-    matrices, relative to the whole difference.
+    matrices, relative to the whole difference. `bytes` are those of the tensors, `file_bytes` those of the
+    weight file once it is written.
     """
 
     base: str
@@ -85,10 +86,14 @@ class Extracted:
     after: Comparison | None
     warnings: list[str]
     seconds: float
+    file_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain JSON values."""
-        return asdict(self)
+        """Return it as plain JSON values; an infinite change is None."""
+        values = asdict(self)
+        for row in (*values["rows"], *values["others"]):
+            row["change"] = row["change"] if row["change"] < float("inf") else None
+        return values
 
     def __str__(self) -> str:
         """Show it as plain text tables."""
@@ -141,7 +146,7 @@ def extract(
 
     Raises:
         ConfigError: not exactly one rule for ranks, or an illegal value.
-        ModelError: the two models do not fit, or do not differ.
+        ModelError: the two models do not fit, or no matrix differs.
         RankError: the budget holds no term.
         NotFinite: a weight is NaN or infinite.
     """
@@ -150,24 +155,18 @@ def extract(
     if carry not in CARRY:
         raise ConfigError(f"carry {carry!r}: legal are {', '.join(CARRY)}")
     wanted = None if dtype is None else hub.dtype(dtype)
-    skeleton = hub.skeleton(str(base), trust_remote_code=trust_remote_code)
-    own, other = (
-        checkpoints.open_checkpoint(source, trust_remote_code=trust_remote_code) for source in (base, tuned)
-    )
-    config = hub.load_config(str(tuned), trust_remote_code=trust_remote_code)
-    view = _View(own, other, fitting.pair(own, other, skeleton, config), {})
-    warnings: list[str] = []
+    view, warnings = _opened(base, tuned, trust_remote_code), list[str]()
     text = None if reading is None else _read(str(base), reading, device, trust_remote_code, warnings)
-    if reading is not None and text is not None and text.texts.calibration is not None:
-        names = list(view.pairs.linears)
-        metrics = moments(text.loaded.model, text.texts.calibration, names, reading.damp, see)
-        view = replace(view, metrics=metrics)
-    factors, rows = _factors(view, chosen, wanted or other.dtype, see)
+    if text is not None and text.texts.calibration is not None:
+        seen = text.loaded.model, text.texts.calibration, list(view.pairs.linears)
+        view = replace(view, metrics=moments(*seen, text.damp, see))
+    stored = wanted or view.tuned.dtype
+    factors, rows = _factors(view, chosen, stored, see)
     others, extras, options = _others(view, carry)
     adapter = Adapter(factors, extras, {"base_model_name_or_path": str(base), **options})
     warnings += _remarks(view, chosen, rows, others)
-    if not factors and not extras:
-        raise ModelError(f"no adapter comes of it: {'; '.join(warnings) or 'the two models are equal'}")
+    if not factors:
+        raise ModelError(_refusal(rows, others))
     before, after = _quality(text, str(tuned), adapter, see, trust_remote_code)
     return adapter, Extracted(
         base=str(base),
@@ -175,14 +174,12 @@ def extract(
         rule=spectrum.describe(chosen),
         rows=rows,
         others=others,
-        unchanged=len(view.pairs.linears) + len(view.pairs.others) - len(rows) - len(others),
+        unchanged=view.count - len(rows) - len(others),
         parameters=adapter.parameters,
         bytes=adapter.bytes,
-        dtype=str(wanted or other.dtype).removeprefix("torch."),
+        dtype=_short(stored),
         error=_total([(row.norm, row.error) for row in rows]),
-        weighted=_total([(row.weighted_norm or 0.0, row.weighted or 0.0) for row in rows])
-        if view.metrics
-        else None,
+        weighted=_weighted_total(rows) if view.metrics else None,
         before=before,
         after=after,
         warnings=warnings,
@@ -199,6 +196,11 @@ class _View:
     pairs: Pairs
     metrics: Mapping[str, Metric]
 
+    @property
+    def count(self) -> int:
+        """The number of tensors that are compared."""
+        return len(self.pairs.linears) + len(self.pairs.others)
+
     def read(self, module: str) -> tuple[Tensor, Tensor]:
         """Return the weight of the linear `module` in the base, and the difference in float64."""
         key = self.pairs.linears[module]
@@ -206,18 +208,26 @@ class _View:
         return before, subtract(key, before, self.tuned.read(key))
 
 
+def _opened(base: str | Path, tuned: str | Path, remote: bool) -> _View:
+    skeleton = hub.skeleton(str(base), trust_remote_code=remote)
+    own, other = (checkpoints.open_checkpoint(source, trust_remote_code=remote) for source in (base, tuned))
+    config = hub.load_config(str(tuned), trust_remote_code=remote)
+    return _View(own, other, fitting.pair(own, other, skeleton, config), {})
+
+
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """The base in memory, and the text to run through it."""
+    """The base in memory, the text to run through it, and the damping of what it shows."""
 
     loaded: hub.Loaded
     texts: windows.Windows
+    damp: float
 
 
 def _read(base: str, reading: Recipe, device: str | None, remote: bool, warnings: list[str]) -> _Text:
     loaded = hub.load(base, place=hub.device(device), trust_remote_code=remote)
     measure.check_length(loaded.model, reading.seq_len)
-    return _Text(loaded, windows.read(reading, loaded.tokenizer, warnings))
+    return _Text(loaded, windows.read(reading, loaded.tokenizer, warnings), reading.damp)
 
 
 def _factors(
@@ -340,6 +350,15 @@ def _remarks(view: _View, chosen: Rule, rows: list[Row], others: list[Other]) ->
     return found
 
 
+def _refusal(rows: list[Row], others: list[Other]) -> str:
+    reason = "no matrix differs" if others else "the two models are equal"
+    if rows:
+        reason = f"every one of {len(rows)} differences has rank 0 by this rule: choose a rank or an energy"
+    if others:
+        reason += f"; {len(others)} other tensors do, which alone make no LoRA"
+    return f"no adapter comes of it: {reason}"
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -348,6 +367,10 @@ def _total(parts: list[tuple[float, float]]) -> float:
     """Return the relative error of all, given (norm, relative error) of each."""
     whole = sum(norm**2 for norm, _ in parts)
     return (sum((norm * error) ** 2 for norm, error in parts) / whole) ** 0.5 if whole else 0.0
+
+
+def _weighted_total(rows: list[Row]) -> float:
+    return _total([(row.weighted_norm or 0.0, row.weighted or 0.0) for row in rows])
 
 
 def _quality(

@@ -99,7 +99,8 @@ def _refuse(
         for name, other in shared.items() if base.shapes[other] != tuned.shapes[name]
     ])  # fmt: skip
     wrong += _some("not floating-point", [
-        f"{name} {kind}" for name, other in shared.items() for kind in (base.dtypes[other], tuned.dtypes[name])
+        f"{name} {kind}" for name, other in shared.items()
+        for kind in (base.dtypes[other], tuned.dtypes[name])
         if name in own and not (isinstance(kind, torch.dtype) and kind.is_floating_point)
     ])  # fmt: skip
     if wrong:

@@ -1,4 +1,4 @@
-"""Merge an adapter into a model: exactly where the weights are dense, at their own rank where they are not."""
+"""Merge an adapter into a model: exactly where weights are dense, at their own rank where they are not."""
 
 import copy
 import time
@@ -16,11 +16,11 @@ from ..linalg import Metric, weighted_svd
 from ..measure import Comparison
 from ..recipe import Recipe
 from . import apply as exact
-from . import store
+from . import quantised, store
 from .reading import Watch, moments, silent
 from .resize import thin_svd
 from .spectrum import tail
-from .store import Adapter, Factors
+from .store import Adapter, Factors, Nf4
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -98,6 +98,8 @@ def merge(
     Exact to rounding for every dense matrix, embedding and whole tensor (LoRA, AdaLoRA, DoRA), the
     matrices inside low-rank modules included; ranks stay. An adapter on a low-rank module as a whole
     is merged into its factors: the best map of the module's own rank, from the QR of the stacked factors.
+    Where eckart.json beside the adapter says that its base was in NF4, those weights are rounded so first:
+    the updates belong to them.
 
     Args:
         model: a hub id, a folder (compressed or not), a .gguf file, or a model, changed in place.
@@ -119,11 +121,15 @@ def merge(
     loaded = _loaded(model, tokenizer, device, trust_remote_code)
     stored = loaded.stored
     exact.check(loaded.model, found)
+    for name in () if found.storage is None else found.storage.targets:
+        models.find(loaded.model, name)
     see = watch or silent
     cut = exact.low_rank(loaded.model, found)
     warnings: list[str] = []
     texts = None if reading is None else windows.read(reading, loaded.tokenizer, warnings)
     models.cast(loaded.model, torch.float32)
+    if found.storage is not None:
+        warnings.append(_quantise(loaded.model, found.storage))
     exact.apply(loaded.model, found, lambda done, total: see("merge", done, total))
     chosen = {name: found.factors[name] for name in cut}
     rows, comparison = _into_factors(loaded.model, chosen, reading, texts, see)
@@ -151,6 +157,21 @@ def _loaded(model: Any, tokenizer: Any, device: str | None, remote: bool) -> hub
         raise ModelError(f"got a {type(model).__name__}: give a hub id, a path or a transformers model")
     given: Any = model.eval()
     return hub.Loaded(given, tokenizer, given.config.name_or_path or "model", given.dtype, None)
+
+
+@torch.no_grad()
+def _quantise(model: Any, storage: Nf4) -> str:
+    """Round the weights of `model` to what the adapter was trained on; return what to say of it."""
+    for name in storage.targets:
+        weight = models.find(model, name).weight
+        holder = torch.nn.Sequential(torch.nn.Linear(weight.shape[1], weight.shape[0], False, "meta"))
+        holder[0].weight = torch.nn.Parameter(weight.detach().clone())
+        quantised.quantise(holder, "0", double=storage.double, compute=torch.float32)
+        weight.copy_(quantised.dequantised(holder[0]))
+    return (
+        f"the adapter was trained on NF4 weights: {len(storage.targets)} matrices were rounded to NF4 before "
+        "its updates were added"
+    )
 
 
 def _share(rows: Sequence[tuple[Row, float]]) -> float:

@@ -33,7 +33,11 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Resized:
-    """What a resize did. `error` is relative to the whole update, in Frobenius norm."""
+    """What a resize did.
+
+    `error` is relative to the whole update, in Frobenius norm. Bytes are those of the tensors, `file_bytes`
+    those of the weight file once it is written.
+    """
 
     rule: str
     rows: list[Row]
@@ -42,6 +46,7 @@ class Resized:
     bytes_before: int
     bytes_after: int
     error: float
+    file_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -107,7 +112,8 @@ def resize(
     made = {name: _cut(one, svds[name], ranks[name]) for name, one in adapter.factors.items() if ranks[name]}
     resized = replace(adapter, factors=made)
     rows = [_row(name, one, svds[name].values, ranks[name]) for name, one in adapter.factors.items()]
-    return resized, _resized(chosen, adapter, resized, rows, svds)
+    rule = spectrum.describe(chosen) if size is None else f"a file of at most {size:,} bytes"
+    return resized, _resized(rule, adapter, resized, rows, svds)
 
 
 def _refuse_dora(adapter: Adapter) -> None:
@@ -175,13 +181,11 @@ def _row(name: str, one: Factors, values: Tensor, rank: int) -> Row:
     return Row(name, one.shape, one.rank, rank, 1 - lost, lost**0.5)
 
 
-def _resized(
-    chosen: Rule, adapter: Adapter, made: Adapter, rows: list[Row], svds: Mapping[str, SVD]
-) -> Resized:
+def _resized(rule: str, adapter: Adapter, made: Adapter, rows: list[Row], svds: Mapping[str, SVD]) -> Resized:
     whole = {name: float(svd.values.square().sum()) for name, svd in svds.items()}
     total, lost = sum(whole.values()), sum(whole[row.name] * row.error**2 for row in rows)
     return Resized(
-        rule=spectrum.describe(chosen),
+        rule=rule,
         rows=rows,
         parameters_before=adapter.parameters,
         parameters_after=made.parameters,

@@ -74,7 +74,7 @@ def describe(chosen: Rule) -> str:
 
 
 def spectrum(matrix: Tensor, inputs: Metric | None = None) -> Tensor:
-    """Return the singular values (k,) of `matrix` (m, n) H^(1/2), descending; H is `inputs`, default identity.
+    """Return the singular values (k,) of `matrix` (m, n) H^(1/2), descending; H is `inputs`, or the identity.
 
     From the eigenvalues of the smaller Gram matrix, in float64: values below 1e-8 of the largest are
     rounding.
@@ -86,7 +86,8 @@ def spectrum(matrix: Tensor, inputs: Metric | None = None) -> Tensor:
     if inputs is not None and inputs.moment is not None:
         work = inputs.root_times(work.T).T
     gram = work @ work.T if work.shape[0] <= work.shape[1] else work.T @ work
-    return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.flip(0).clamp(min=0).sqrt()
 
 
 def tail(values: Tensor) -> Tensor:
@@ -151,7 +152,8 @@ def share(
     least = min(sum(shapes[name]) for name in spectra)
     if chosen.parameters < least:
         raise RankError(
-            f"a budget of {chosen.parameters:,} parameters holds no term of any matrix: the least is {least:,}"
+            f"a budget of {chosen.parameters:,} parameters holds no term of any matrix: "
+            f"the least is {least:,}"
         )
     curves = {name: _curve(values, sum(shapes[name])) for name, values in spectra.items()}
     return allocate(curves, chosen.parameters)

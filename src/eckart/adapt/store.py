@@ -20,6 +20,7 @@ from ..factors import LowRank
 from ..linalg import to_float64
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+REPORT = "eckart.json"
 _PREFIX = "base_model.model."
 _KINDS = ("LORA", "ADALORA")
 _PART = re.compile(
@@ -74,6 +75,21 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
+class Nf4:
+    """The base that an adapter was trained on: NF4, its constants quantised as well if `double`.
+
+    targets: the linear maps that are quantised, by dotted name.
+    """
+
+    double: bool
+    targets: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as `read` finds it under "base" in eckart.json."""
+        return {"storage": "nf4", "double": self.double, "targets": list(self.targets)}
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """What an adapter folder holds.
 
@@ -81,11 +97,13 @@ class Adapter:
     extras: whole tensors that replace those of the base, by dotted name of the tensor (modules_to_save,
         biases, embeddings).
     config: PEFT's adapter_config.json as it was read; of it, what is independent of the ranks is written.
+    storage: of the base, where eckart.json says that it was quantised; None: as it is.
     """
 
     factors: Mapping[str, Factors]
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    storage: Nf4 | None = None
 
     @property
     def base(self) -> str | None:
@@ -123,10 +141,11 @@ class Adapter:
 
 
 def read(source: str | Path) -> Adapter:
-    """Read the adapter in a folder or at a hub id: LoRA (rank and alpha patterns, rsLoRA, DoRA, biases) or AdaLoRA.
+    """Read the adapter in a folder or at a hub id: LoRA or AdaLoRA.
 
-    AdaLoRA's triplets become two factors with PEFT's own scale (its get_delta_weight); modules of rank 0
-    are left out: they do nothing.
+    Of LoRA rank and alpha patterns, rsLoRA, DoRA, biases, embeddings and whole modules. AdaLoRA's triplets
+    become two factors with PEFT's own scale (its get_delta_weight); modules of rank 0 are left out: they
+    do nothing.
 
     Raises:
         ModelError: there is no adapter, it is a pickle, or of a kind that is not s B A.
@@ -141,7 +160,8 @@ def read(source: str | Path) -> Adapter:
     parts: dict[str, dict[str, Tensor]] = {}
     extras: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(_PREFIX)
+        # Of a model that was compiled before PEFT wrapped it, the names tell.
+        name = key.removeprefix(_PREFIX).replace("_orig_mod.", "")
         found = _PART.fullmatch(name)
         if found is None:
             extras[name.replace(".base_layer.", ".")] = tensor
@@ -149,7 +169,7 @@ def read(source: str | Path) -> Adapter:
             part = found["part"] + (".bias" if found["tensor"] == ".bias" else "")
             parts.setdefault(found["name"], {})[part] = tensor
     factors = {name: _factors(name, held, config) for name, held in parts.items()}
-    return Adapter({name: one for name, one in factors.items() if one.rank}, extras, config)
+    return Adapter({name: one for name, one in factors.items() if one.rank}, extras, config, _storage(folder))
 
 
 def _folder(source: str | Path) -> Path:
@@ -157,7 +177,7 @@ def _folder(source: str | Path) -> Path:
     if path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
         return path
     try:
-        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(str(source), allow_patterns=[CONFIG, WEIGHTS, REPORT]))
     except (OSError, ValueError) as error:
         raise ModelError(f"no adapter at {source}: not a folder, and not to be had from the hub") from error
 
@@ -185,6 +205,23 @@ def _config(folder: Path) -> dict[str, Any]:
                 f"{folder} is an adapter with {option}, whose update is not s B A: not supported"
             )
     return config
+
+
+def _storage(folder: Path) -> Nf4 | None:
+    """Return what eckart.json says of the base, None where there is no such file or the base is plain."""
+    report = folder / REPORT
+    if not report.is_file():
+        return None
+    try:
+        base = json.loads(report.read_text(encoding="utf-8")).get("base")
+        if not isinstance(base, dict):
+            return None
+        kind, found = base["storage"], Nf4(bool(base["double"]), tuple(map(str, base["targets"])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{report} does not say how the adapter's base is stored: {error!r}") from error
+    if kind != "nf4":
+        raise StoreError(f"{report} says that the adapter's base is stored as {kind!r}: legal is 'nf4'")
+    return found
 
 
 def _factors(name: str, held: Mapping[str, Tensor], config: Mapping[str, Any]) -> Factors:

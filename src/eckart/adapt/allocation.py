@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import models
-from . import spectrum, targets
+from . import losses, spectrum, targets
 from .batches import Batch, evaluating
-from .judge import token_losses
 from .tuning import Tuning
 
 Watch = Callable[[str, int, int], None]
@@ -60,8 +59,8 @@ def _spectra(
         with evaluating(model), torch.enable_grad():
             for index, batch in enumerate(batches):
                 with around():
-                    logits = model(input_ids=batch["input_ids"], use_cache=False).logits
-                token_losses(logits, batch["labels"]).sum().backward()  # type: ignore[no-untyped-call]
+                    found = losses.run(model, batch)
+                found.sum().backward()  # type: ignore[no-untyped-call]
                 watch("look at gradients", index + 1, len(batches))
         return {
             name: spectrum.spectrum(weight.grad.float()).cpu()

@@ -47,8 +47,8 @@ def pad_token(tokenizer: Any) -> int:
 
 
 def rows(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
-    """Return a row for each example."""
-    return [{"input_ids": example.ids, "labels": example.labels} for example in examples]
+    """Return a row for each example; its first token has nothing before it to be learned from."""
+    return [{"input_ids": example.ids, "labels": [IGNORED, *example.labels[1:]]} for example in examples]
 
 
 def packed(examples: Sequence[Example], seq_len: int) -> list[dict[str, list[int]]]:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import measure
 from ..errors import NotFinite
+from . import losses
 from .batches import Collator, evaluating, rows
 from .examples import IGNORED, Example
 
@@ -24,14 +24,6 @@ class Judged:
     loss: float
     tokens: int
     accuracy: float | None = None
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss (b, s - 1) of each next token in float32, zero where nothing is learned."""
-    targets = labels[:, 1:]
-    learned = targets != IGNORED
-    losses = F.cross_entropy(logits[:, :-1][learned].float(), targets[learned], reduction="none")
-    return torch.zeros_like(targets, dtype=torch.float32).masked_scatter(learned, losses)
 
 
 @torch.no_grad()
@@ -67,12 +59,12 @@ def judge(
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             made = {key: value.to(model.device) for key, value in collate(rows(part)).items()}
-            with around():
+            with around(), losses.head_at(model, losses.before(made["labels"])):
                 logits = model(input_ids=made["input_ids"], use_cache=False).logits
-            total += float(token_losses(logits, made["labels"]).double().sum())
+            total += float(losses.learned_losses(logits, made["labels"]).double().sum())
             tokens += sum(example.learned for example in part)
             if word_ids:
-                chosen = _choices(model, part, logits, word_ids, collate, around)
+                chosen = _choices(model, part, logits, made["labels"], word_ids, collate, around)
                 right += sum(found == example.answer for found, example in zip(chosen, part, strict=True))
             if watch:
                 watch(min(start + batch, len(order)), len(order))
@@ -86,23 +78,23 @@ def _choices(
     model: Any,
     examples: Sequence[Example],
     logits: Tensor,
+    labels: Tensor,
     word_ids: Sequence[tuple[int, ...]],
     collate: Collator,
     around: Around,
 ) -> list[int]:
     """Return the index of the likeliest label word of each example."""
-    prompts = [example.prompt for example in examples]
     if all(len(word) == 1 for word in word_ids):
-        lasts = torch.tensor([len(prompt) - 1 for prompt in prompts], device=logits.device)
-        after = logits[torch.arange(len(prompts), device=logits.device), lasts]
+        after = losses.at(logits, losses.before(labels))
         found: list[int] = after[:, [word[0] for word in word_ids]].argmax(1).tolist()
         return found
+    prompts = [example.prompt for example in examples]
     scores = []
     for word in word_ids:
         made = rows([Example([*p, *word], [IGNORED] * len(p) + list(word)) for p in prompts])
         ready = {key: value.to(logits.device) for key, value in collate(made).items()}
         with around():
-            own = model(input_ids=ready["input_ids"], use_cache=False).logits
-        scores.append(-token_losses(own, ready["labels"]).sum(1))
+            own = losses.run(model, ready)
+        scores.append(-losses.sums(own, ready["labels"]))
     best: list[int] = torch.stack(scores, 1).argmax(1).tolist()
     return best

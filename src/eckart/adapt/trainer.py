@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import NotFinite
+from . import losses
 from .adalora import Allocation
 from .judge import Judged
 from .tuning import Tuning
@@ -34,7 +35,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self, *, judged: Callable[[], Judged], allocation: Allocation | None, **options: Any
     ) -> None:
-        super().__init__(**options)
+        super().__init__(compute_loss_func=_mean_loss, **options)
         self.judged, self.allocation = judged, allocation
         self.spent = 0.0
 
@@ -44,7 +45,9 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Do one backward pass; stop at a loss that is no number, before it reaches the weights."""
         began = time.perf_counter()
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        places = losses.before(inputs["labels"].to(self.args.device))
+        with losses.head_at(self.model, places):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         worst = loss.detach()
         if self.accelerator.num_processes > 1:  # they must stop together
             worst = self.accelerator.reduce(worst, "sum")
@@ -97,6 +100,12 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
             parameter.copy_(values[name])
         if self.allocation is not None:
             self.allocation.load(folder)
+
+
+def _mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """Return the loss per learned token of the whole step, of which this is a part."""
+    found = losses.learned_losses(outputs["logits"], labels)
+    return found.mean() if num_items_in_batch is None else found.sum() / num_items_in_batch
 
 
 class Course(TrainerCallback):  # type: ignore[misc]

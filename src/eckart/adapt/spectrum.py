@@ -122,7 +122,7 @@ def _marchenko_pastur_median(beta: float) -> float:
     angle = (torch.arange(_MEDIAN_POINTS, dtype=torch.float64) + 0.5) * (math.pi / 2 / _MEDIAN_POINTS)
     points = low + (high - low) * angle.sin().square()
     mass = (angle.sin() * angle.cos()).square() / points
-    share = mass.cumsum(0) / mass.sum()
+    share = (mass.cumsum(0) - mass / 2) / mass.sum()
     return float(points[int(torch.searchsorted(share, 0.5))])
 
 

@@ -10,7 +10,10 @@ import peft
 import pytest
 import torch
 
-from . import tiny
+from eckart import hub, plugin
+from eckart.factors import Form
+
+from . import tiny, wards
 
 RANK = 4
 QUIET = [
@@ -94,3 +97,12 @@ def base(variant: Variant) -> Any:
 def differ(own: torch.Tensor, other: torch.Tensor) -> float:
     """Return the largest difference relative to the largest entry."""
     return float((own - other).abs().max() / other.abs().max())
+
+
+def compressed(folder: Path, dense: Any, tokenizer: Any, rank: int = 8, form: Form = "factored") -> Path:
+    """Write `dense` with all matrices of its blocks at `rank`, as eckart stores it."""
+    model = wards.cut(dense, rank, form)
+    plugin.mark(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    hub.write(folder, model, tokenizer)
+    return folder

@@ -71,6 +71,24 @@ def open_checkpoint(source: str | Path, *, trust_remote_code: bool = False) -> C
     return _of_files(name, _files(name))
 
 
+def by_module(found: Checkpoint, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Return `found` with the names that the modules of its model have.
+
+    Files may call tensors by older names, which transformers translates: such a model is loaded, if the
+    number of parameters says that it is all there under other names.
+    """
+    if found.how != "files":
+        return found
+    skeleton = hub.skeleton(found.source, trust_remote_code=trust_remote_code)
+    wanted = {name: tuple(tensor.shape) for name, tensor in models.state_tensors(skeleton).items()}
+    known = set(skeleton.state_dict())
+    sizes = [sum(torch.Size(shape).numel() for shape in held.values()) for held in (wanted, found.shapes)]
+    if not set(wanted) - set(found.shapes) or set(found.shapes) <= known or sizes[0] != sizes[1]:
+        return found
+    model = hub.load(found.source, trust_remote_code=trust_remote_code).model
+    return of_model(model, found.source)
+
+
 def of_model(model: Any, source: str) -> Checkpoint:
     """Return the tensors of a model in memory, tied ones once."""
     tensors = {name: tensor.detach() for name, tensor in models.state_tensors(model).items()}

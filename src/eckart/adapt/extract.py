@@ -210,7 +210,12 @@ class _View:
 
 def _opened(base: str | Path, tuned: str | Path, remote: bool) -> _View:
     skeleton = hub.skeleton(str(base), trust_remote_code=remote)
-    own, other = (checkpoints.open_checkpoint(source, trust_remote_code=remote) for source in (base, tuned))
+    own, other = (
+        checkpoints.by_module(
+            checkpoints.open_checkpoint(source, trust_remote_code=remote), trust_remote_code=remote
+        )
+        for source in (base, tuned)
+    )
     config = hub.load_config(str(tuned), trust_remote_code=remote)
     return _View(own, other, fitting.pair(own, other, skeleton, config), {})
 
@@ -334,6 +339,11 @@ def _remarks(view: _View, chosen: Rule, rows: list[Row], others: list[Other]) ->
             f"{len(dropped)} tensors differ and are not in the adapter, most of all {largest.name} by "
             f"{largest.change:.2g} of its norm: --carry all takes them along whole"
         )
+    found += [
+        f"{one.source} was loaded whole: its files do not hold its tensors under the names of its modules"
+        for one in (view.base, view.tuned)
+        if one.how == "memory"
+    ]
     if isinstance(chosen, Fixed) and any(chosen.rank > min(row.shape) for row in rows):
         count = sum(chosen.rank > min(row.shape) for row in rows)
         found.append(f"rank {chosen.rank} is above min(m, n) of {count} matrices: they got their full rank")

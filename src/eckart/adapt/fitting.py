@@ -43,8 +43,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, skeleton: Any, tuned_config: Any) 
     unnamed = [name for name in own.values() if name not in base.shapes]
     if unnamed:
         raise ModelError(
-            f"{base.source} does not call its tensors what {type(skeleton).__name__} calls its modules "
-            f"({unnamed[0]} is missing): load it with transformers and save_pretrained it"
+            f"{base.source} does not hold every tensor of a {type(skeleton).__name__} ({unnamed[0]} is "
+            "missing): the folder is incomplete, or of another kind than its config.json says"
         )
     both_tied = bool(getattr(tuned_config.get_text_config(), "tie_word_embeddings", False))
     names = {name: own.get(name, name) for name in tuned.shapes}

@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 
-from eckart import hub, plugin
+from eckart import hub, models, plugin, windows
+from eckart.adapt.reading import reading as read_text
 from eckart.factors import Form
 
 from . import tiny, wards
@@ -106,3 +107,26 @@ def compressed(folder: Path, dense: Any, tokenizer: Any, rank: int = 8, form: Fo
     folder.mkdir(parents=True, exist_ok=True)
     hub.write(folder, model, tokenizer)
     return folder
+
+
+def reading(text: Path, tokenizer: Any, tokens: int, eval_tokens: int, seq_len: int) -> windows.Windows:
+    """Return the windows of `text` that a run sees."""
+    recipe = read_text((str(text),), tokens=tokens, eval_tokens=eval_tokens, seq_len=seq_len)
+    assert recipe is not None
+    return windows.read(recipe, tokenizer, [])
+
+
+@torch.no_grad()
+def inputs(model: Any, names: list[str], rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what the nn.Linear `names` read on `rows`, (tokens, n) each in float64."""
+    seen: dict[str, torch.Tensor] = {}
+    handles = [
+        models.find(model, name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0].flatten(0, 1).double()})
+        )
+        for name in names
+    ]
+    model(input_ids=rows)
+    for handle in handles:
+        handle.remove()
+    return seen

@@ -118,7 +118,9 @@ def test_weighted_by_its_inputs_no_output_error_is_larger(
     base, other = saved("base", model), saved("tuned", tuned(model, full))
     text: dict[str, Any] = {"text": text_file, "tokens": 512, "eval_tokens": 192, "seq_len": 64}
     aware, done = eckart.extract(base, other, carry="none", damp=0.0, **options, **text)
-    inputs = inputs_of(model, [row.name for row in done.rows], calibration(text_file, base))
+    rows = adapters.reading(text_file, hub.load_tokenizer(str(base)), 512, 192, 64).calibration
+    assert rows is not None
+    inputs = adapters.inputs(model, [row.name for row in done.rows], rows)
     now = reload(other)
     for row in done.rows:
         own, tuned_ = (models.find(one, row.name).weight.detach().double() for one in (model, now))
@@ -148,30 +150,6 @@ def test_quality_is_that_of_base_and_adapter_against_the_tuned_model(
     assert done.before.kl > 1e-2
     assert done.weighted is None
     assert "base and adapter" in str(done)
-
-
-@torch.no_grad()
-def inputs_of(model: Any, names: list[str], rows: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what the modules `names` read on `rows`, (tokens, n) each in float64."""
-    seen: dict[str, torch.Tensor] = {}
-    for name in names:
-        models.find(model, name).register_forward_pre_hook(
-            lambda module, args, name=name: seen.update({name: args[0].flatten(0, 1).double()})
-        )
-    model(input_ids=rows)
-    return seen
-
-
-def calibration(text_file: Path, folder: Path) -> torch.Tensor:
-    """Return the windows that a run reads."""
-    from eckart import windows
-    from eckart.adapt.reading import reading
-
-    recipe = reading((str(text_file),), tokens=512, eval_tokens=192, seq_len=64)
-    assert recipe is not None
-    found = windows.read(recipe, hub.load_tokenizer(str(folder)), []).calibration
-    assert found is not None
-    return found
 
 
 def test_the_noise_threshold_finds_the_rank_of_each_matrix(saved: Callable[..., Path]) -> None:

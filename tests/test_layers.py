@@ -85,7 +85,9 @@ LAYERS = {
     "adapt.trainer": 10,
     "adapt.tuned": 10,
     "adapt.tune": 12,
+    "adapt.loading": 9,
     "adapt.report_tune": 13,
+    "adapt.session": 14,
     "adapt.commands_tune": 15,
 }
 LOWEST_WITH_TRANSFORMERS = LAYERS["models"]

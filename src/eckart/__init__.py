@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 from . import linalg
 from .adapt.difference import diff
+from .adapt.session import tune
 from .adapt.toolbox import extract, merge, resize
 from .api import compress, evaluate, heal, load, save
 from .errors import (
@@ -47,4 +48,5 @@ __all__ = [
     "merge",
     "resize",
     "save",
+    "tune",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import hub, measure, mend, models, pipeline, recipe, report, report_healing, text
+from .adapt import loading
 from .errors import ConfigError, ModelError
 from .healing import Healing
 from .measure import Comparison, Perplexity
@@ -213,12 +214,17 @@ def load(
 ) -> Any:
     """Load a model, compressed or not, in the dtype it is stored in unless another is asked for.
 
+    The folder of an adapter gives PEFT's model: the base that it names, in NF4 where it was trained on
+    that, with the adapter on it.
+
     Raises:
         ModelError: it cannot be read.
         StoreError: what a compressed folder declares and what it holds disagree.
     """
     place = hub.device(device) if device else torch.device("cpu")
     wanted = hub.dtype(dtype) if dtype else None
+    if loading.is_adapter(source):
+        return loading.load(source, compute=wanted, place=place, trust_remote_code=trust_remote_code).model
     stored = wanted or hub.stored_dtype(str(source), trust_remote_code=trust_remote_code)
     return hub.load(str(source), compute=stored, place=place, trust_remote_code=trust_remote_code).model
 
@@ -267,8 +273,11 @@ def evaluate(
 def _loaded(model: Any, tokenizer: Any, dtype: str | None, device: str | None, remote: bool) -> hub.Loaded:
     if not isinstance(model, (str, Path)):
         return _given(model, tokenizer)
-    compute = hub.dtype(dtype) if dtype else None
-    return hub.load(str(model), compute=compute, place=hub.device(device), trust_remote_code=remote)
+    compute, place = hub.dtype(dtype) if dtype else None, hub.device(device)
+    if loading.is_adapter(model):
+        found = loading.load(model, compute=compute, place=place, trust_remote_code=remote)
+        return replace(found, model=found.model.get_base_model())
+    return hub.load(str(model), compute=compute, place=place, trust_remote_code=remote)
 
 
 def _eval_windows(sources: Sources, tokenizer: Any, tokens: int, seq_len: int, bos: bool) -> torch.Tensor:

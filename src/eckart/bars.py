@@ -2,7 +2,7 @@
 
 import time
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10
@@ -30,6 +30,10 @@ class Bars:
 
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
+
+    def say(self, what: RenderableType) -> None:
+        """Print `what` above the bars."""
+        self.console.print(what)
 
     def watch(self, stage: str, done: int, total: int) -> None:
         """Show that `stage` has done `done` of `total`."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, api, healing, hub, pipeline, recipe, render, report
-from .adapt import commands_adapters
+from .adapt import commands_adapters, commands_tune
 from .bars import Bars
 from .errors import ConfigError
 from .healing import Healing
@@ -142,7 +142,7 @@ def compress(
         "seed": seed, "labels": labels, "damp": damp, "alpha": alpha, "bos": bos, "dtype": dtype,
         "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    with failures(out):
+    with failures(None if out is None else work_folder(out)):
         resolved = _recipe(recipe_file, given)
         if heal and resolved.heal is None:
             resolved = replace(resolved, heal=Healing())
@@ -267,8 +267,8 @@ def heal(
         "seed": seed,
     }  # fmt: skip
     remote = bool(trust_remote_code)
-    with failures(out):
-        settings = healing.from_mapping(recipe.override(_heal_section(recipe_file), given), "heal")
+    with failures(work_folder(out)):
+        settings = healing.from_mapping(recipe.override(recipe.section(recipe_file, "heal"), given), "heal")
         for source in (model, teacher):
             hub.check_output(out, overwrite, source)
         with Bars() as bars:
@@ -286,13 +286,6 @@ def heal(
         show(render.to_json(done.to_dict()) if as_json else done, as_json)
         if not as_json:
             print(f"written to {out}")
-
-
-def _heal_section(path: Path | None) -> dict[str, Any]:
-    found = {} if path is None else recipe.read_yaml(path).get("heal") or {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: heal must be a mapping of settings, got {found!r}")
-    return found
 
 
 @app.command("eval")
@@ -325,6 +318,7 @@ def evaluate(
             show(report.evaluation_table(model, found, against), as_json=False)
 
 
+commands_tune.register(app)
 commands_adapters.register(app)
 
 

@@ -310,6 +310,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def section(path: Path | None, name: str) -> dict[str, Any]:
+    """Return the settings under `name` in the YAML recipe at `path`, none without either.
+
+    Raises:
+        ConfigError: as `read_yaml`, or what stands there is not a mapping.
+    """
+    found = {} if path is None else read_yaml(path).get(name) or {}
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: {name} must be a mapping of settings, got {found!r}")
+    return found
+
+
 def to_yaml(recipe: Recipe) -> str:
     """Return `recipe` as YAML, every value resolved; `read_yaml` and `from_mapping` give it back."""
     values = asdict(recipe)

@@ -42,8 +42,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @contextmanager
-def failures(out: Path | None = None) -> Iterator[None]:
-    """Turn the errors that users cause into one line and exit code 2, and Ctrl-C into 130."""
+def failures(work: Path | None = None) -> Iterator[None]:
+    """Turn the errors that users cause into one line and exit code 2, and Ctrl-C into 130.
+
+    `work` is where the state is kept from which an interrupted run goes on.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -51,7 +54,6 @@ def failures(out: Path | None = None) -> Iterator[None]:
     except EckartError as error:
         fail(f"error: {error}", 2)
     except KeyboardInterrupt:
-        work = None if out is None else work_folder(out)
         if work is not None and work.exists():
             kept = f"the state is kept in {work}, the same command goes on from there"
             fail(f"interrupted: {kept}", INTERRUPTED)

@@ -16,6 +16,7 @@ from ..factors import LowRank
 from ..linalg import Metric, to_float64, weighted_error
 from . import quantised, targets
 from .batches import Batch
+from .store import Nf4
 from .tuning import MUTATING, Tuning
 
 Watch = Callable[[str, int, int], None]
@@ -34,6 +35,7 @@ class Attached:
         model: with PEFT's layers, or the bare model for method full.
         ranks: of each adapted matrix at the start.
         start: for initialisations that change the base: what was taken out of it.
+        storage: qlora: how the base is stored now.
         error: qlora: the share of the quantisation error, in the metric of the inputs, that is left by the
             start of the adapter; None where it starts from zero.
         notes: what the user should know.
@@ -44,6 +46,7 @@ class Attached:
     start: Mapping[str, LowRank]
     error: float | None
     notes: tuple[str, ...]
+    storage: Nf4 | None = None
 
 
 def attach(
@@ -81,11 +84,12 @@ def attach(
     notes = _check_ranks(chosen, targets.shapes(model, list(chosen)), tuning)
     model.requires_grad_(False)
     corrections: dict[str, LowRank] = {}
-    error = None
+    error, storage = None, None
     if tuning.method == "qlora":
         wanted = list(chosen) if tuning.starting == "residual" else []
         moments = _moments(model, wanted, batches, around, watch)
-        corrections, error = _quantised(model, chosen, tuning, moments, compute, watch)
+        storage = Nf4(tuning.double, tuple(dict.fromkeys([*targets.names(model), *chosen])))
+        corrections, error = _quantised(model, storage, chosen, tuning, moments, compute, watch)
     config = _config(model, tuning, chosen, steps, passes)
     with torch.random.fork_rng(devices=[]), known_warnings():
         torch.manual_seed(tuning.seed)
@@ -94,7 +98,7 @@ def attach(
         _put(made, name, factors)
     start = {name: _value(made, name) for name in chosen} if tuning.starting in MUTATING else {}
     found = {name: _layer(made, name).r[ADAPTER] for name in chosen}
-    return Attached(made, found, start, error, notes)
+    return Attached(made, found, start, error, notes, storage)
 
 
 @contextlib.contextmanager
@@ -105,7 +109,13 @@ def known_warnings() -> Iterator[None]:
         yield
 
 
-def _peft() -> Any:
+def peft_package() -> Any:
+    """Return PEFT, imported when it is needed.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    quantised.quiet()
     try:
         import peft
     except ImportError as error:
@@ -148,6 +158,7 @@ def _moments(
 
 def _quantised(
     model: Any,
+    storage: Nf4,
     ranks: Mapping[str, int],
     tuning: Tuning,
     moments: stats.Stats,
@@ -157,9 +168,8 @@ def _quantised(
     """Quantise every linear map of the blocks; return corrections, and the share of the error they leave."""
     found: dict[str, LowRank] = {}
     before = after = 0.0
-    every = list(dict.fromkeys([*targets.names(model), *ranks]))
-    for index, name in enumerate(every):
-        weight = quantised.quantise(model, name, double=tuning.double, compute=compute)
+    for index, name in enumerate(storage.targets):
+        weight = quantised.quantise(model, name, double=storage.double, compute=compute)
         if tuning.starting == "residual" and name in ranks:
             module, moment = model.get_submodule(name), moments.moment("gram", name).mean()
             found[name] = quantised.residual(weight, module, moment, ranks[name])
@@ -167,12 +177,12 @@ def _quantised(
             inputs, outputs = Metric(weight.shape[1], moment), Metric(weight.shape[0])
             before += weighted_error(error, inputs, outputs)
             after += weighted_error(error - found[name].dense(), inputs, outputs)
-        watch("quantise", index + 1, len(every))
+        watch("quantise", index + 1, len(storage.targets))
     return found, after / before if before else None
 
 
 def _config(model: Any, tuning: Tuning, ranks: Mapping[str, int], steps: int, passes: int) -> Any:
-    peft = _peft()
+    peft = peft_package()
     rank = tuning.rank_at_start
     common = {
         "task_type": "CAUSAL_LM",
@@ -228,7 +238,7 @@ def _with_layers(
     around: Callable[[], AbstractContextManager[Any]],
 ) -> Any:
     """Return PEFT's model; the initialisations that look at data see `batches`."""
-    peft = _peft()
+    peft = peft_package()
     if tuning.starting == "corda":
 
         def run() -> None:

@@ -15,9 +15,13 @@ DAMP = 1e-3
 """Of the metric of the inputs, relative to its mean: the first batches do not span every input."""
 
 
-def _bitsandbytes() -> Any:
-    # Imported first, it says that a package of kernels is missing, which is not needed.
+def quiet() -> None:
+    """Keep bitsandbytes from saying, when it is imported, that a package of kernels is missing: no need."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _bitsandbytes() -> Any:
+    quiet()
     try:
         import bitsandbytes
     except ImportError as error:

@@ -56,6 +56,7 @@ class Tuned:
         error: qlora: the share of the quantisation error that the start of the adapter left.
         seconds: all steps, evaluations not counted; `per_step` is the median of a step.
         peak: bytes in memory at most while it trained; `resting` before.
+        stored_bytes: of the weight files that were written, None where none were.
     """
 
     prospect: Prospect
@@ -73,7 +74,7 @@ class Tuned:
     per_step: float
     peak: int
     resting: int
-    adapter_bytes: int | None = None
+    stored_bytes: int | None = None
 
     @property
     def gain(self) -> bool:

@@ -177,6 +177,15 @@ def test_models_that_are_not_there_or_damaged_are_refused(pair: Pair, tmp_path: 
         eckart.diff(pair[0], tmp_path / "damaged")
 
 
+def test_what_the_hub_does_not_give_is_an_error(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gated(*given: Any, **options: Any) -> Any:
+        raise OSError("gated")
+
+    monkeypatch.setattr(checkpoints, "cached_file", gated)
+    with pytest.raises(ModelError, match="cannot read model.safetensors of .*own: gated"):
+        checkpoints.open_checkpoint(pair[0])
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [

@@ -131,6 +131,7 @@ def test_full_rank_keeps_the_function(name: str, tmp_path: Path) -> None:
     _, done = eckart.resize(tmp_path / "in", out=tmp_path / "out", rank=64)
     assert differ(logits(adapters.load(model, tmp_path / "out"), tokens), logits(made, tokens)) < 1e-5
     assert done.error < 1e-6
+    assert "adapter resized: rank at most 64" in str(done)
     assert {row.before for row in done.rows} >= {row.after for row in done.rows}
 
 

@@ -264,7 +264,7 @@ def test_tensors_under_old_names_are_found(saved: Callable[..., Path]) -> None:
     _, done = eckart.extract(base, other, rank=2)
     assert done.error < 1e-6
     assert (
-        sum("was loaded whole: its files do not hold its tensors under" in line for line in done.warnings)
+        sum("was loaded whole: its files do not hold tensors under" in line for line in done.warnings)
         == 2
     )
 

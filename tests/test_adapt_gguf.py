@@ -36,7 +36,7 @@ def test_an_adapter_of_a_gguf_file(file: Path, tmp_path: Path) -> None:
     _, done = eckart.extract(file, tmp_path / "tuned", rank=2, out=tmp_path / "adapter")
     assert done.error < 1e-6
     assert done.warnings == [
-        "tiny.gguf was loaded whole: its files do not hold its tensors under its modules' names"
+        "tiny.gguf was loaded whole: its files do not hold tensors under its modules' names"
     ]
     merged, _ = eckart.merge(file, tmp_path / "adapter", dtype="float32")
     assert differ(logits(merged, tiny.tokens()), logits(model, tiny.tokens())) < 2e-5

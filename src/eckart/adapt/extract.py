@@ -340,7 +340,7 @@ def _remarks(view: _View, chosen: Rule, rows: list[Row], others: list[Other]) ->
             f"{largest.change:.2g} of its norm: --carry all takes them along whole"
         )
     found += [
-        f"{Path(one.source).name} was loaded whole: its files do not hold its tensors under its modules' names"
+        f"{Path(one.source).name} was loaded whole: its files do not hold tensors under its modules' names"
         for one in (view.base, view.tuned)
         if one.how == "memory"
     ]

@@ -1,6 +1,7 @@
 """How a model is tuned: the settings, as one frozen value."""
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,6 +27,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _RATES: dict[Method, float] = {"lora": 5e-4, "dora": 5e-4, "qlora": 5e-4, "adalora": 2e-3, "full": 3e-5}
 _WHOLE = ("batch", "micro", "evaluations", "patience", "eval_limit", "first_batches")
 _LISTS = ("data", "eval_data", "targets", "exclude", "labels")
+_SWITCHES = ("rslora", "double", "packing", "checkpointing")
+_COLUMNS = ("messages", "prompt", "completion", "text", "label")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ class Tuning:
         data: sources to learn from (eckart.adapt.examples).
         eval_data: sources to decide on; default: `hold` of `data`.
         task: `generation`, or `classification`, which scores the label words and reports accuracy.
-        columns: what the columns of the data are called, e.g. {"prompt": "question"}.
+        columns: what the columns messages, prompt, completion, text and label are called in the data, e.g.
+            {"prompt": "question"}.
         template: classification: what is made of a text before its label word follows.
         labels: classification: the label words; rows may name them or their index.
         rank: of every adapted matrix; for adalora their mean in the end; `auto`: by the spectra of the
@@ -66,7 +70,8 @@ class Tuning:
         micro: ... and those that one device takes at a time.
         seq_len: tokens of an example at most; what is longer is cut.
         packing: several examples in one row, which do not see each other.
-        hold: the share of the data that is held out where `eval_data` is not given.
+        hold: the share of the data that is held out where `eval_data` is not given, at least one example of
+            each source.
         eval_limit: examples of it that are used.
         evaluations: on held-out data, evenly over the run.
         patience: stop after so many of them in a row without a new best.
@@ -128,19 +133,35 @@ class Tuning:
         for name in ("budget", "steps", "start_rank"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), int, 1)
+        if isinstance(self.rank, str) and self.rank != "auto":
+            raise ConfigError(f"rank {self.rank!r}: must be a whole number of at least 1, or 'auto'")
         if self.rank != "auto":
             check_number("rank", self.rank, int, 1)
         check_number("seq_len", self.seq_len, int, 2)
         check_number("seed", self.seed, int, 0)
-        for name in ("epochs", "clip"):
-            check_number(name, getattr(self, name), float, 0.0, above=True)
-        for name in ("alpha", "rate"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), float, 0.0, above=True)
+        check_number("clip", self.clip, float, 0.0, above=True)
+        for name in ("epochs", "alpha", "rate"):
+            if name == "epochs" or getattr(self, name) is not None:
+                check_number(name, getattr(self, name), float, 0.0, most=sys.float_info.max, above=True)
         for name in ("dropout", "warmup", "hold"):
             check_number(name, getattr(self, name), float, 0.0, most=1.0)
         check_number("weight_decay", self.weight_decay, float, 0.0)
+        self._check_kinds()
         self._check_together()
+
+    def _check_kinds(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} {getattr(self, name)!r}: must be true or false")
+        for name in _LISTS:
+            found = getattr(self, name)
+            if isinstance(found, str) or not all(isinstance(one, str) for one in found):
+                raise ConfigError(f"{name} {found!r}: must be a tuple of strings")
+        for name in self.columns or {}:
+            if name not in _COLUMNS:
+                raise ConfigError(f"columns: unknown column {name!r}: legal are {', '.join(_COLUMNS)}")
+        if self.dropout == 1:
+            raise ConfigError("dropout 1: must be below 1, or nothing is learned")
 
     def _check_together(self) -> None:
         if self.batch % self.micro:
@@ -155,10 +176,14 @@ class Tuning:
             raise ConfigError(f"rank 'auto' is for methods lora, dora and qlora, not for {self.method}")
         if self.rank == "auto" and self.init == "eva":
             raise ConfigError("init 'eva' chooses the ranks itself: give it a rank")
+        if self.rank != "auto" and self.budget is not None:
+            raise ConfigError(f"budget is for rank 'auto', not for rank {self.rank}")
         if self.start_rank is not None and self.method != "adalora":
             raise ConfigError(f"start_rank is for method adalora, not for {self.method}")
         if self.start_rank is not None and isinstance(self.rank, int) and self.start_rank < self.rank:
             raise ConfigError(f"start_rank {self.start_rank}: must be at least rank = {self.rank}")
+        if self.task != "classification" and self.labels:
+            raise ConfigError(f"labels are for task classification, not for {self.task}")
         if self.task == "classification" and "{text}" not in self.template:
             raise ConfigError(f"template {self.template!r}: must contain {{text}}")
         if self.task == "classification" and self.packing:

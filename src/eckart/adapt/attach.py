@@ -23,6 +23,8 @@ Watch = Callable[[str, int, int], None]
 ADAPTER = "default"
 _ALLOCATIONS = 50
 """AdaLoRA gives up ranks so many times between its first and its last phase."""
+_FEWEST = 10
+"""Steps that AdaLoRA needs."""
 _FIRST, _LAST = 0.1, 0.3
 """The shares of the steps before AdaLoRA begins to allocate, and after it has ended."""
 
@@ -191,8 +193,10 @@ def _config(model: Any, tuning: Tuning, ranks: Mapping[str, int], steps: int, pa
     }
     if tuning.method == "adalora":
         first, last = round(_FIRST * steps), max(1, round(_LAST * steps))
-        if steps - first - last < 1:
-            raise ConfigError(f"{steps} steps are too few for adalora to allocate ranks: give at least 5")
+        if steps < _FEWEST:
+            raise ConfigError(
+                f"{steps} steps are too few for adalora to allocate ranks: give at least {_FEWEST}"
+            )
         return peft.AdaLoraConfig(
             **common, init_r=rank, target_r=tuning.rank, lora_alpha=tuning.alpha or 2 * rank,
             tinit=first, tfinal=last, deltaT=max(1, (steps - first - last) // _ALLOCATIONS),

@@ -1,11 +1,13 @@
 """Examples in rows of equal length: padded, or packed so that they do not see each other."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .. import models
 from ..errors import ModelError
@@ -101,6 +103,35 @@ def check_packing(model: Any) -> None:
             f"{type(model).__name__} lets examples that are packed into one row see each other: leave out "
             "--packing"
         )
+
+
+class Order(Sampler[int]):
+    """The order of the rows, drawn for each epoch from the seed and its number alone: so a run can resume.
+
+    Args:
+        lengths: tokens of each row.
+        batch: rows that are learned from together, over all devices.
+        seed: of the draws.
+        grouped: rows of similar length come together, so that little is padded.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch: int, seed: int, grouped: bool) -> None:
+        self.lengths, self.batch, self.seed, self.grouped = list(lengths), batch, seed, grouped
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch comes next; Trainer does."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draws = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        if self.grouped:
+            yield from get_length_grouped_indices(self.lengths, self.batch, generator=draws)
+        else:
+            yield from torch.randperm(len(self.lengths), generator=draws).tolist()
 
 
 class evaluating:

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..errors import NotFinite
 from . import losses
 from .adalora import Allocation
+from .batches import Order
 from .judge import Judged
 from .tuning import Tuning
 
@@ -33,11 +34,14 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, judged: Callable[[], Judged], allocation: Allocation | None, **options: Any
+        self, *, judged: Callable[[], Judged], allocation: Allocation | None, order: Order, **options: Any
     ) -> None:
         super().__init__(compute_loss_func=_mean_loss, **options)
-        self.judged, self.allocation = judged, allocation
+        self.judged, self.allocation, self.order = judged, allocation, order
         self.spent = 0.0
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.model.named_parameters() if value.requires_grad}
@@ -183,7 +187,6 @@ def arguments(
         load_best_model_at_end=True,
         metric_for_best_model=CHOSEN,
         greater_is_better=False,
-        train_sampling_strategy="random" if tuning.packing else "group_by_length",
         remove_unused_columns=False,
         label_names=["labels"],
         dataloader_pin_memory=device.type == "cuda",

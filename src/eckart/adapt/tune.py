@@ -155,6 +155,9 @@ class _Run:
         made = trainer.TuneTrainer(
             judged=lambda: self._judged(model, "judge"),
             allocation=moving,
+            order=batches.Order(
+                [len(row["input_ids"]) for row in self.rows], tuning.batch, tuning.seed, not tuning.packing
+            ),
             model=model,
             args=trainer.arguments(tuning, self.plan, self.work, self.place, precision(tuning, self.place)),
             train_dataset=self.rows,

@@ -15,6 +15,7 @@ from eckart.adapt.tuning import INITS, METHODS, MUTATING, Tuning
 
 WHOLE = "must be a whole number of at least"
 SIZES = ("batch", "micro", "evaluations", "patience", "eval_limit", "first_batches")
+ANYWHERE: set[tuning.Init] = {"default", "gaussian"}
 CLASSES: dict[str, Any] = {"task": "classification"}
 
 
@@ -123,7 +124,7 @@ def test_what_is_left_of_methods_and_initialisations_is_legal() -> None:
     }
     for method in METHODS:
         assert Tuning(method=method).starting == ("residual" if method == "qlora" else "default")
-        legal: set[tuning.Init] = {"default", "gaussian"} | taken.get(method, set())
+        legal: set[tuning.Init] = ANYWHERE | taken.get(method, set())
         for init in legal:
             assert Tuning(method=method, init=init).starting == init
         for init in set(INITS) - legal:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from .. import text
 from ..errors import ConfigError
@@ -67,14 +68,16 @@ def read(tuning: Tuning, tokenizer: Any) -> Examples:
     """Read and tokenise the sources of `tuning`.
 
     A `.txt` file is one text, in windows of `seq_len`. The rows of a `.jsonl` file or a dataset have a
-    column `messages` (learned: what the assistant says), `prompt` and `completion` (learned: the completion
-    and the end token), or `text`; for classification `text` and `label`. A `.tsv` file has a text, a tab
-    and a label on each line. `columns` says what these are called instead. Without `eval_data` a share
-    `hold` is held out: the end of a text, and rows that `seed` draws.
+    column `messages` (learned: what the assistant says, and what the chat template ends it with; not what
+    opens the chat), `prompt` and `completion` (learned: the completion and the end token), or `text`; for
+    classification `text` and `label`. A `.tsv` file has a text, a tab and a label on each line. `columns`
+    says what these are called instead. Without `eval_data` a share `hold` is held out: the end of a text,
+    and rows that `seed` draws.
 
     Raises:
         ConfigError: a source cannot be read, lacks a column or holds nothing to learn from; a label that is
-            not among the label words, or a label word that the vocabulary does not have.
+            not among the label words, or a label word that the vocabulary does not have; a chat in which
+            what the assistant says cannot be told apart.
     """
     if not tuning.data:
         raise ConfigError("no data: give at least one source to learn from")
@@ -130,7 +133,7 @@ def _words(tuning: Tuning) -> tuple[str, ...]:
     if tuning.task != "classification" or tuning.labels:
         return tuning.labels
     found = {label for name in tuning.data for _, label in _labelled(name, tuning)}
-    numbers = sorted(word for word in found if word.lstrip("-").isdigit())
+    numbers = sorted((word for word in found if word.removeprefix("-").isdecimal()), key=int)
     if numbers:
         raise ConfigError(
             f"the labels {', '.join(numbers)} are numbers: give their words in order, e.g. "
@@ -147,7 +150,7 @@ def _labelled(name: str, tuning: Tuning) -> Iterator[tuple[str, str]]:
     """Yield (text, label) of every row."""
     path = Path(name)
     if path.is_file() and path.suffix == ".tsv":
-        for number, line in enumerate(text.plain(path).splitlines(), 1):
+        for number, line in enumerate(text.plain(path).split("\n"), 1):
             if line.strip():
                 body, tab, label = line.rpartition("\t")
                 if not tab:
@@ -158,16 +161,26 @@ def _labelled(name: str, tuning: Tuning) -> Iterator[tuple[str, str]]:
         raise ConfigError(f"{name}: classification takes a .tsv, a .jsonl or a dataset")
     wanted = (_column(tuning, "text"), _column(tuning, "label"))
     for number, row in enumerate(text.rows(name), 1):
-        if any(column not in row for column in wanted):
+        if any(row.get(column) is None for column in wanted):
             raise _missing(name, number, row, " and ".join(map(repr, wanted)))
-        yield str(row[wanted[0]]).strip(), str(row[wanted[1]]).strip()
+        body, label = (_said(name, number, row, column).strip() for column in wanted)
+        yield body, label
 
 
 def _missing(name: str, number: int, row: Mapping[str, Any], wanted: str) -> ConfigError:
+    filled = ", ".join(repr(column) for column, value in row.items() if value is not None)
     return ConfigError(
-        f"{name}, row {number}, has the columns {', '.join(map(repr, row))}: {wanted} needed; say what they "
-        "are called, e.g. --columns prompt=question"
+        f"{name}, row {number}, has {f'the columns {filled}' if filled else 'no columns'}: {wanted} needed; "
+        "say what they are called, e.g. --columns prompt=question"
     )
+
+
+def _said(name: str, number: int, row: Mapping[str, Any], column: str) -> str:
+    """Return what a row says in `column`, as text."""
+    found = row[column]
+    if not isinstance(found, (str, int, float)):
+        raise ConfigError(f"{name}, row {number}: {column!r} holds a {type(found).__name__}, expected text")
+    return str(found)
 
 
 class _Reader:
@@ -179,8 +192,19 @@ class _Reader:
         self.begin = _begin(tokenizer)
         self.gap = "" if tuning.template[-1:].isspace() else " "
         self.word_ids = tuple(self._word(word) for word in words)
+        self.longest = max(map(len, self.word_ids), default=0)
+        self._check_words()
+
+    def _check_words(self) -> None:
+        if len(self.words) == 1:
+            raise ConfigError(f"{self.words[0]!r} is the only label word: to choose, at least two are needed")
         if len(set(self.word_ids)) < len(self.word_ids):
-            raise ConfigError(f"the label words {', '.join(words)}: two of them have the same tokens")
+            raise ConfigError(f"the label words {', '.join(self.words)}: two of them have the same tokens")
+        least = self.longest + len(self.begin_ids) + 1
+        if self.words and self.tuning.seq_len < least:
+            raise ConfigError(
+                f"seq_len {self.tuning.seq_len}: a label word has {self.longest} tokens, give {least} or more"
+            )
 
     def _word(self, word: str) -> tuple[int, ...]:
         ids = tuple(self._ids(self.gap + word))
@@ -224,14 +248,15 @@ class _Reader:
     def _classified(self, name: str, body: str, label: str) -> Example:
         if label in self.words:
             answer = self.words.index(label)
-        elif label.isdigit() and int(label) < len(self.words):
+        elif label.isdecimal() and int(label) < len(self.words):
             answer = int(label)
         else:
             legal = ", ".join(self.words)
             raise ConfigError(f"{name} has the label {label!r}: legal are {legal}, or their index from 0")
         word = list(self.word_ids[answer])
-        # What is too long loses the beginning of its text: the end of the template must stand.
-        room = max(1, self.tuning.seq_len - len(word) - len(self.begin_ids))
+        # What is too long loses the beginning of its text: the end of the template must stand. Every word
+        # must fit after it, and how much is left must not tell which one does.
+        room = self.tuning.seq_len - self.longest - len(self.begin_ids)
         prompt = self._ids(self.tuning.template.replace("{text}", body))
         self.cut += len(prompt) > room
         prompt = self.begin_ids + prompt[-room:]
@@ -246,51 +271,68 @@ class _Reader:
         prompt, completion, body, messages = (
             _column(self.tuning, key) for key in ("prompt", "completion", "text", "messages")
         )
+        row = {column: value for column, value in row.items() if value is not None}
         if isinstance(row.get(messages), list):
-            return self._chat(name, number, row[messages])
+            return self._chat(f"{name}, row {number}", row[messages])
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
         if prompt in row and completion in row:
-            first, second = self.begin_ids + self._ids(str(row[prompt])), self._ids(str(row[completion]))
+            first, second = (self._ids(_said(name, number, row, column)) for column in (prompt, completion))
+            first = self.begin_ids + first
             return Example(first + second + end, [IGNORED] * len(first) + second + end)
-        if isinstance(row.get(body), str):
-            ids = self.begin_ids + self._ids(row[body]) + end
+        if body in row:
+            ids = self.begin_ids + self._ids(_said(name, number, row, body)) + end
             return Example(ids, list(ids))
         wanted = f"{messages!r}, {prompt!r} and {completion!r}, or {body!r}"
         raise _missing(name, number, row, wanted)
 
-    def _chat(self, name: str, number: int, messages: list[Mapping[str, Any]]) -> Example:
+    def _chat(self, where: str, messages: list[Mapping[str, Any]]) -> Example:
         if not getattr(self.tokenizer, "chat_template", None):
-            raise ConfigError(f"{name} holds chats and the tokenizer has no chat template: give other rows")
-        whole, spans = self._spans(name, number, messages)
+            raise ConfigError(f"{where} is a chat and the tokenizer has no chat template: give other rows")
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ConfigError(
+                f"{where} is a chat and {type(self.tokenizer).__name__} does not say where in the text its "
+                "tokens stand: take a fast tokenizer, or give prompt and completion"
+            )
+        whole, spans = self._spans(where, messages)
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids = list(encoded["input_ids"])
+        # By their ends, too: where a tokenizer trims spaces off its offsets a token of spaces is empty.
         labels = [
-            token if any(start >= low and end <= high and end > start for low, high in spans) else IGNORED
+            token if any(low <= start and low < end <= high for low, high in spans) else IGNORED
             for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
         ]
         return Example(ids, labels)
 
-    def _spans(
-        self, name: str, number: int, messages: list[Mapping[str, Any]]
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def _spans(self, where: str, messages: list[Mapping[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """Return the chat as text, and from where to where the assistant speaks."""
-        render = self.tokenizer.apply_chat_template
-        whole: str = render(messages, tokenize=False)
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise ConfigError(f"{where}: a message must be an object with role and content")
+        # What opens the chat answers nothing; what the template puts before it cannot be told apart.
+        turns = [
+            index for index, message in enumerate(messages) if message.get("role") == _ASSISTANT and index
+        ]
+        if not turns:
+            raise ConfigError(f"{where}: no message of the assistant after another, so nothing to learn")
+        whole = self._render(where, messages)
         spans = []
-        for index, message in enumerate(messages):
-            if message.get("role") != _ASSISTANT:
-                continue
-            before = render(messages[:index], tokenize=False, add_generation_prompt=True) if index else ""
-            after = render(messages[: index + 1], tokenize=False)
+        for index in turns:
+            before = self._render(where, messages[:index], answer=True)
+            after = self._render(where, messages[: index + 1])
             if not (after.startswith(before) and whole.startswith(after)):
                 raise ConfigError(
-                    f"{name}, row {number}: the chat template writes messages differently when others "
+                    f"{where}: the chat template writes messages differently when others "
                     "follow, so that what the assistant says cannot be told apart; give prompt and completion"
                 )
             spans.append((len(before), len(after)))
-        if not spans:
-            raise ConfigError(f"{name}, row {number}: no message of the assistant, so nothing to learn")
         return whole, spans
+
+    def _render(self, where: str, messages: list[Mapping[str, Any]], answer: bool = False) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+            )
+        except TemplateError as error:
+            raise ConfigError(f"{where}: the chat template refuses it: {error}") from error
 
 
 def _begin(tokenizer: Any) -> int | None:

@@ -85,6 +85,13 @@ def test_a_budget_is_kept_and_no_term_is_better_elsewhere(values: list[torch.Ten
     assert error(found.values()) == pytest.approx(best, abs=1e-6)
 
 
+def test_equal_terms_of_different_matrices_share_a_budget() -> None:
+    first, second = torch.tensor([65.0, 65, 65, 65, 1]), torch.tensor([65.0, 65, 41.2, 1.2])
+    found = spectrum.share(Budget(25), {"a": first, "b": second}, {"a": (2, 3), "b": (2, 3)})
+    assert found["a"] + found["b"] == 5
+    assert found["a"] < 5
+
+
 def test_a_term_is_weighed_against_its_cost() -> None:
     values = {"small": torch.tensor([1.0]), "large": torch.tensor([1.2])}
     shapes = {"small": (2, 2), "large": (10, 10)}

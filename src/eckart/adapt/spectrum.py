@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, RankError
 from ..linalg import Metric, check_matrix, to_float64
-from ..ranks import Curve, Energy, Fixed, allocate
+from ..ranks import Energy, Fixed
 
 _MEDIAN_POINTS = 20_000
 
@@ -138,27 +138,31 @@ def rank(chosen: Fixed | Energy | Noise, values: Tensor, shape: tuple[int, int])
 def share(
     chosen: Budget, spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]
 ) -> dict[str, int]:
-    """Return the ranks with the least summed squared error whose factors fit into the budget.
+    """Return the ranks whose factors fit into the budget, for the least summed squared error.
 
-    A term costs m + n parameters and gains its squared singular value; in each matrix the gain falls
-    from term to term, so that one threshold on gain per parameter serves all (the rest of the
-    budget goes to what still fits). Weighted spectra make it the squared error of the outputs.
+    A term costs m + n parameters and gains its squared singular value: terms are taken by falling gain per
+    parameter, in each matrix from the largest on, as long as they fit. Optimal where all terms cost the
+    same, else within the gain of one term of the optimum. Weighted spectra make it the squared error of the
+    outputs.
 
     Raises:
         RankError: the budget does not hold one term of any matrix.
     """
-    if not spectra:
-        return {}
-    least = min(sum(shapes[name]) for name in spectra)
-    if chosen.parameters < least:
+    costs = {name: sum(shapes[name]) for name in spectra}
+    left, least = chosen.parameters, min(costs.values(), default=0)
+    if left < least:
         raise RankError(
-            f"a budget of {chosen.parameters:,} parameters holds no term of any matrix: "
-            f"the least is {least:,}"
+            f"a budget of {left:,} parameters holds no term of any matrix: the least is {least:,}"
         )
-    curves = {name: _curve(values, sum(shapes[name])) for name, values in spectra.items()}
-    return allocate(curves, chosen.parameters)
-
-
-def _curve(values: Tensor, cost: int) -> Curve[int]:
-    ranks = range(len(values) + 1)
-    return Curve(tuple(ranks), tuple(rank * cost for rank in ranks), tuple(tail(values).tolist()))
+    terms = [
+        (gain / costs[name], name)
+        for name, values in spectra.items()
+        for gain in values.to(torch.float64).square().tolist()
+        if gain > 0
+    ]
+    ranks = dict.fromkeys(spectra, 0)
+    for _, name in sorted(terms, key=lambda term: -term[0]):
+        if costs[name] <= left:
+            ranks[name] += 1
+            left -= costs[name]
+    return ranks

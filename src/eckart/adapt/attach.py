@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import stats
-from ..errors import ConfigError, RankError
+from ..errors import ConfigError, ModelError, RankError
 from ..factors import LowRank
 from ..linalg import Metric, to_float64, weighted_error
 from . import quantised, targets
@@ -88,9 +88,10 @@ def attach(
     corrections: dict[str, LowRank] = {}
     error, storage = None, None
     if tuning.method == "qlora":
-        wanted = list(chosen) if tuning.starting == "residual" else []
+        storage, more = _storage(model, tuning, chosen)
+        notes += more
+        wanted = [name for name in chosen if name in storage.targets and tuning.starting == "residual"]
         moments = _moments(model, wanted, batches, around, watch)
-        storage = Nf4(tuning.double, tuple(dict.fromkeys([*targets.names(model), *chosen])))
         corrections, error = _quantised(model, storage, chosen, tuning, moments, compute, watch)
     config = _config(model, tuning, chosen, steps, passes)
     with torch.random.fork_rng(devices=[]), known_warnings():
@@ -156,6 +157,26 @@ def _moments(
                 model(input_ids=batch["input_ids"], use_cache=False)
             watch("look at inputs", index + 1, len(batches))
     return gathered
+
+
+def _storage(model: Any, tuning: Tuning, chosen: Mapping[str, int]) -> tuple[Nf4, tuple[str, ...]]:
+    """Return what is quantised, and what to say of the rest.
+
+    Raises:
+        ModelError: nothing can be.
+    """
+    every = dict.fromkeys([*targets.names(model), *chosen])
+    narrow = [name for name in every if not quantised.fits(model.get_submodule(name))]
+    if len(narrow) == len(every):
+        raise ModelError(
+            "no linear map has a multiple of 64 inputs, as NF4 needs: take method lora, which quantises none"
+        )
+    notes = (
+        (f"{len(narrow)} linear maps stay as they are, not in NF4: their inputs are no multiple of 64",)
+        if narrow
+        else ()
+    )
+    return Nf4(tuning.double, tuple(name for name in every if name not in set(narrow))), notes
 
 
 def _quantised(

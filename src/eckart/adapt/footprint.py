@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .. import models
 from ..errors import ModelError
 from ..training import around, precision, recomputed
-from . import attach, targets
+from . import attach, quantised, targets
 from .tuning import Method, Tuning
 
 _STEPS = 100
@@ -103,7 +103,9 @@ def _prepared(model: Any, own: Tuning, ranks: Mapping[str, int], place: torch.de
     compute = precision(own, place)
     if own.method == "qlora":
         for name in dict.fromkeys([*targets.names(made), *ranks]):
-            models.replace(made, name, _Nf4(models.find(made, name), own.double, compute))
+            linear = models.find(made, name)
+            if quantised.fits(linear):
+                models.replace(made, name, _Nf4(linear, own.double, compute))
         own = replace(own, method="lora")
     with torch.device("meta"):
         attached = attach.attach(

@@ -11,6 +11,7 @@ from ..errors import ConfigError, ModelError
 from ..factors import LowRank
 from ..linalg import Metric, to_float64, weighted_svd
 
+_BLOCK = 64
 DAMP = 1e-3
 """Of the metric of the inputs, relative to its mean: the first batches do not span every input."""
 
@@ -29,6 +30,15 @@ def _bitsandbytes() -> Any:
     return bitsandbytes
 
 
+def fits(linear: Any) -> bool:
+    """Tell whether `linear` can be stored so that it is read right everywhere: its width is in whole blocks.
+
+    On a CPU bitsandbytes (0.50) counts blocks by the row when it reads what it wrote in one piece: where rows
+    do not hold whole blocks, it reads other weights than it wrote.
+    """
+    return int(linear.in_features) % _BLOCK == 0
+
+
 @torch.no_grad()
 def quantise(model: Any, name: str, *, double: bool, compute: torch.dtype) -> Tensor:
     """Store an nn.Linear of `model`, in place, in NF4 in blocks of 64 (QLoRA, Dettmers et al. 2023).
@@ -44,17 +54,19 @@ def quantise(model: Any, name: str, *, double: bool, compute: torch.dtype) -> Te
 
     Raises:
         ConfigError: bitsandbytes is not installed.
-        ModelError: no nn.Linear of that name.
+        ModelError: no nn.Linear of that name, or its width is not a multiple of 64.
     """
     bnb = _bitsandbytes()
     linear = models.find(model, name)
+    if not fits(linear):
+        raise ModelError(f"{name} has {linear.in_features} inputs: NF4 takes multiples of {_BLOCK}")
     options = {"compress_statistics": double, "quant_type": "nf4"}
     with torch.device("meta"):
         made = bnb.nn.Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=compute, **options
         )
     weight = linear.weight.detach()
-    made.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, blocksize=64, **options)
+    made.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, blocksize=_BLOCK, **options)
     made.bias = linear.bias
     # On some CPUs an evaluation would otherwise repack the weight for good: other numbers, which are no
     # longer doubly quantised and which cannot be trained on, and an error unless widths are multiples of 64.

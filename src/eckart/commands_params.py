@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from . import hub, plugin, render
 from .adapt import sizes
 from .errors import ConfigError
-from .plugin import NAME, EckartConfig
+from .plugin import NAME, EckartConfig, EckartQuantizer
 from .terminal import AsJson, Remote, failures, show
 
 _NONE = "no such matrices"
@@ -65,8 +66,11 @@ def skeleton(source: str, *, trust_remote_code: bool) -> Any:
     if not isinstance(stored, dict) or stored.get("quant_method") != NAME:
         return hub.skeleton(source, trust_remote_code=trust_remote_code)
     del config.quantization_config
-    made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).to("meta")
-    plugin.build_skeleton(made, EckartConfig.from_dict(stored))
+    declared = EckartConfig.from_dict(stored)
+    config = EckartQuantizer(declared).update_attn_implementation(config)
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    plugin.build_skeleton(made, declared)
     return made
 
 

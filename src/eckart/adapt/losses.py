@@ -26,10 +26,9 @@ def head_at(model: Any, positions: Tensor) -> Iterator[None]:
         return
 
     def chosen(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        states = given[0]
-        if states.shape[:-1] != positions.shape:
+        if not given or given[0].shape[:-1] != positions.shape:
             return None
-        return (states[positions], *given[1:])
+        return (given[0][positions], *given[1:])
 
     handle = head.register_forward_pre_hook(chosen)
     try:

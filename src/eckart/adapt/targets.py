@@ -1,5 +1,6 @@
 """Which linear maps of a model an adapter goes on: found by structure, inside compressed modules as well."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,14 +13,16 @@ from ..errors import ModelError
 def linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Return every linear map by name: nn.Linear, those inside compressed modules, quantised ones.
 
-    Right factors that several modules share are left out: an adapter on one of them would be missing in
-    the others where the adapter is loaded by others than eckart.
+    Factors that several modules share, right factors and those of tied embeddings, are left out: an
+    adapter on one of them would be missing in the others where the adapter is loaded by others than eckart.
     """
-    shared = {f"{name}.down" for pair in models.bases(model).items() for name in pair}
+    uses = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
+    compressed = models.low_rank_modules(model)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in shared
+        if isinstance(module, nn.Linear)
+        and not (uses[id(module.weight)] > 1 and models.owner(name, compressed))
     }
 
 
@@ -33,10 +36,12 @@ def names(model: Any, targets: Sequence[str] = (), exclude: Sequence[str] = ()) 
         exclude: globs on what to leave out.
 
     Raises:
-        ModelError: a pattern matches nothing (with what is close to it), or nothing is left.
+        ModelError: a pattern matches nothing (with what is close to it), the blocks have no linear maps, or
+            nothing is left.
     """
     found = list(linears(model))
-    owners = {name: _owner(model, name) for name in found}
+    compressed = models.low_rank_modules(model)
+    owners = {name: models.owner(name, compressed) or name for name in found}
     for patterns in (targets, exclude):
         models.check_patterns(list(dict.fromkeys([*found, *owners.values()])), patterns)
     blocks = models.block_names(model)
@@ -45,15 +50,14 @@ def names(model: Any, targets: Sequence[str] = (), exclude: Sequence[str] = ()) 
         return any(models.match_one(one, patterns) is not None for one in (name, owners[name]))
 
     chosen = [name for name in found if (matches(name, targets) if targets else models.owner(name, blocks))]
+    if not chosen:
+        raise ModelError(
+            f"{type(model).__name__} has no linear map in its blocks: name what it has with --targets"
+        )
     left = [name for name in chosen if not matches(name, exclude)]
     if not left:
         raise ModelError(f"no linear map left to adapt: exclude {list(exclude)} removes all {len(chosen)}")
     return left
-
-
-def _owner(model: nn.Module, name: str) -> str:
-    """Return the compressed module that the linear map `name` is inside of, or `name`."""
-    return models.owner(name, models.low_rank_modules(model)) or name
 
 
 def shapes(model: nn.Module, chosen: Sequence[str]) -> dict[str, tuple[int, int]]:

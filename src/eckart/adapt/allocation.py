@@ -1,6 +1,6 @@
 """Ranks before training: where the loss falls fastest per parameter of an adapter."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import models
+from ..linalg import check_matrix
 from . import losses, spectrum, targets
 from .batches import Batch, evaluating
 from .tuning import Tuning
@@ -25,13 +26,14 @@ def ranks(
 ) -> dict[str, int]:
     """Return the rank of each of `chosen`: uniform, or by the spectra of the gradients of `batches`.
 
-    A step of given length along the best rank-r part of a gradient G lowers the loss, to first order, by the
+    A step of eta times the best rank-r part of a gradient G lowers the loss, to first order, by eta times the
     sum of the r largest squared singular values of G (that part is where LoRA-GA begins, Wang et al. 2024). A
     rank of an (m, n) matrix costs m + n parameters, so one threshold on gain per parameter, over all
     matrices, spends the budget best. A matrix may get none.
 
     Raises:
         RankError: the budget does not hold one rank of any matrix.
+        NotFinite: a gradient is NaN or infinite.
     """
     if tuning.rank != "auto":
         return dict.fromkeys(chosen, tuning.rank_at_start)
@@ -49,25 +51,33 @@ def _spectra(
     around: Callable[[], AbstractContextManager[Any]],
     watch: Watch,
 ) -> dict[str, Tensor]:
-    """Return the singular values of the gradient of the mean loss per token at each weight, on the CPU."""
+    """Return the singular values of the gradient of the summed loss at each weight, on the CPU.
+
+    A weight that the loss does not depend on has a gradient of zero. The model is left as it was, with the
+    gradients that it has.
+    """
     learning = {name: models.find(model, name).weight for name in chosen}
-    before: Mapping[Tensor, bool] = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    before = [(one, one.requires_grad, one.grad) for one in model.parameters()]
     model.requires_grad_(False)
     for weight in learning.values():
         weight.requires_grad_(True)
     try:
+        for parameter, _, _ in before:
+            parameter.grad = None
         with evaluating(model), torch.enable_grad():
             for index, batch in enumerate(batches):
                 with around():
                     found = losses.run(model, batch)
                 found.sum().backward()  # type: ignore[no-untyped-call]
                 watch("look at gradients", index + 1, len(batches))
-        return {
-            name: spectrum.spectrum(weight.grad.float()).cpu()
-            for name, weight in learning.items()
-            if weight.grad is not None
-        }
+        return {name: _spectrum(name, weight) for name, weight in learning.items()}
     finally:
-        for parameter, wanted in before.items():
+        for parameter, wanted, gradient in before:
             parameter.requires_grad_(wanted)
-            parameter.grad = None
+            parameter.grad = gradient
+
+
+def _spectrum(name: str, weight: Tensor) -> Tensor:
+    if weight.grad is None:
+        return torch.zeros(min(weight.shape), dtype=torch.float64)
+    return spectrum.spectrum(check_matrix(weight.grad.float(), f"the gradient of {name}")).cpu()

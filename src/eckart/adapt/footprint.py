@@ -8,7 +8,7 @@ import contextlib
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -31,7 +36,7 @@ _STEPS = 100
 """AdaLoRA wants to know how many; it makes no difference to the memory."""
 _BLOCK, _OUTER = 64, 256
 """NF4: values that share a constant, and constants that share one of theirs."""
-_REFUSALS = ("FakeTensor", "DynamicOutputShape", "DataDependent")
+_REFUSALS = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
 def estimate(
@@ -43,8 +48,9 @@ def estimate(
     *,
     learned: int | None = None,
     passes: int | None = None,
+    methods: Sequence[Method] | None = None,
 ) -> dict[str, dict[str, int]]:
-    """Return what a training step needs at most, in bytes, by method: full, lora, qlora, and the own one.
+    """Return what a training step needs at most, in bytes, by method.
 
     Of each method: `weights` (of the model as it is trained), `gradients` and `optimizer` (AdamW's moments,
     AdaLoRA's averages), all exact; `activations`, the most that activations and temporaries take at once; and
@@ -58,6 +64,7 @@ def estimate(
         rows, tokens: of the largest micro batch.
         learned: tokens of it that are learned; default: all but the first of each row.
         passes: backward passes a step; default: tuning.batch / tuning.micro.
+        methods: default: full, lora, qlora, and tuning's own.
 
     Raises:
         ConfigError: PEFT is not installed.
@@ -66,16 +73,14 @@ def estimate(
     place = torch.device("cpu") if model.device.type == "meta" else model.device
     count = rows * (tokens - 1) if learned is None else learned
     again = (passes or tuning.batch // tuning.micro) > 1
-    methods: dict[Method, None] = dict.fromkeys(("full", "lora", "qlora", tuning.method))
+    usual: tuple[Method, ...] = ("full", "lora", "qlora", tuning.method)
     found: dict[str, dict[str, int]] = {}
-    for method in methods:
+    for method in dict.fromkeys(methods or usual):
         own = _settings(tuning, method)
         made = _prepared(model, own, _ranks(model, tuning, ranks, method), place)
         try:
             found[method] = _step(made, own, (rows, tokens, count), again, place)
-        except Exception as error:
-            if not type(error).__name__.startswith(_REFUSALS):
-                raise
+        except _REFUSALS as error:
             raise ModelError(
                 f"no estimate of memory: what {type(model).__name__} computes depends on values ({error})"
             ) from error

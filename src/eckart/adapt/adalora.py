@@ -78,12 +78,19 @@ class Allocation(TrainerCallback):  # type: ignore[misc]
         for key, values in found.items():
             setattr(allocator, key, values)
 
-    @torch.no_grad()
-    def orthogonality(self) -> float:
+    def penalty(self) -> Tensor:
+        """Return what one backward pass adds to the loss (Zhang et al. 2023, equation 4).
+
+        PEFT adds it to a loss that the model itself returns, which here it does not.
+        """
+        weight: float = self.config.orth_reg_weight
+        return weight * self.orthogonality()
+
+    def orthogonality(self) -> Tensor:
         """Return the mean of ||P^T P - I|| over the factors, which the regulariser lowers."""
         gaps = []
         for name, factor in self.tuner.model.named_parameters():
             if "lora_A" in name or "lora_B" in name:
                 gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
                 gaps.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)))
-        return float(torch.stack(gaps).mean())
+        return torch.stack(gaps).mean()

@@ -25,6 +25,8 @@ _ALLOCATIONS = 50
 """AdaLoRA gives up ranks so many times between its first and its last phase."""
 _FEWEST = 10
 """Steps that AdaLoRA needs."""
+_ORTHOGONALITY = 0.5
+"""Weight of AdaLoRA's regulariser, as PEFT has it."""
 _FIRST, _LAST = 0.1, 0.3
 """The shares of the steps before AdaLoRA begins to allocate, and after it has ended."""
 
@@ -221,7 +223,7 @@ def _config(model: Any, tuning: Tuning, ranks: Mapping[str, int], steps: int, pa
         return peft.AdaLoraConfig(
             **common, init_r=rank, target_r=tuning.rank, lora_alpha=tuning.alpha or 2 * rank,
             tinit=first, tfinal=last, deltaT=max(1, (steps - first - last) // _ALLOCATIONS),
-            total_step=steps, orth_reg_weight=0.5 / passes,
+            total_step=steps, orth_reg_weight=_ORTHOGONALITY / passes,
         )  # fmt: skip
     patterns: dict[str, Any] = {}
     if any(own != rank for own in ranks.values()):

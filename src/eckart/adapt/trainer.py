@@ -36,7 +36,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self, *, judged: Callable[[], Judged], allocation: Allocation | None, order: Order, **options: Any
     ) -> None:
-        super().__init__(compute_loss_func=_mean_loss, **options)
+        super().__init__(compute_loss_func=self._loss, **options)
         self.judged, self.allocation, self.order = judged, allocation, order
         self.spent = 0.0
 
@@ -59,6 +59,12 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
             raise NotFinite(f"the loss is {float(worst)} at step {self.state.global_step + 1}")
         self.spent += time.perf_counter() - began
         return loss
+
+    def _loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """Return the loss per learned token of the whole step, of which this is a part."""
+        found = losses.learned_losses(outputs["logits"], labels)
+        mean = found.mean() if num_items_in_batch is None else found.sum() / num_items_in_batch
+        return mean if self.allocation is None else mean + self.allocation.penalty()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep the seconds of a step beside its loss."""
@@ -104,12 +110,6 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
             parameter.copy_(values[name])
         if self.allocation is not None:
             self.allocation.load(folder)
-
-
-def _mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Return the loss per learned token of the whole step, of which this is a part."""
-    found = losses.learned_losses(outputs["logits"], labels)
-    return found.mean() if num_items_in_batch is None else found.sum() / num_items_in_batch
 
 
 class Course(TrainerCallback):  # type: ignore[misc]

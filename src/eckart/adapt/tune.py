@@ -14,7 +14,7 @@ from .. import hub, measure, memory, models, refine, teacher
 from ..errors import ConfigError, ModelError, NotFinite, StoreError
 from ..factors import LowRank
 from ..training import around, is_main, precision, recomputed
-from . import allocation, attach, batches, examples, store, targets, trainer
+from . import allocation, attach, batches, examples, footprint, store, targets, trainer
 from .adalora import Allocation
 from .attach import Attached
 from .examples import Examples
@@ -83,6 +83,8 @@ class _Run:
         self.key = self._key(model)
         self.base_parameters = models.parameter_count(model)
         self.start = self._judged(model, "judge base")
+        self.memory: Mapping[str, Mapping[str, int]] = {}
+        self.notes: list[str] = []
         self.attached = self._attach(model)
 
     def _rows(self, model: Any, data: Examples) -> list[dict[str, list[int]]]:
@@ -107,11 +109,26 @@ class _Run:
         chosen = [] if tuning.method == "full" else targets.names(model, tuning.targets, tuning.exclude)
         seen = self._first()
         ranks = allocation.ranks(model, chosen, tuning, seen, self.around, self.watch)
+        self._estimate(model, ranks)
         return attach.attach(
             model, tuning, ranks, seen,
             steps=self.plan.steps, passes=self.plan.passes * self.processes,
             compute=precision(tuning, self.place), around=self.around, watch=self.watch,
         )  # fmt: skip
+
+    def _estimate(self, model: Any, ranks: Mapping[str, int]) -> None:
+        """Estimate the memory of a step on the longest rows, as they may come together."""
+        longest = sorted(self.rows, key=lambda row: -len(row["input_ids"]))[: self.tuning.micro]
+        learned = sum(label != examples.IGNORED for row in longest for label in row["labels"])
+        self.watch("estimate memory", 0, 1)
+        try:
+            self.memory = footprint.estimate(
+                model, self.tuning, ranks, len(longest), len(longest[0]["input_ids"]),
+                learned=learned, passes=self.plan.passes,
+            )  # fmt: skip
+        except ModelError as error:
+            self.notes.append(str(error))
+        self.watch("estimate memory", 1, 1)
 
     def _first(self) -> list[batches.Batch]:
         """Return the examples that initialisations look at, one a batch, so that none is padded."""
@@ -141,8 +158,8 @@ class _Run:
             cut=self.data.cut,
             dropped=self.data.dropped,
             start=self.start,
-            memory={},
-            notes=self.attached.notes,
+            memory=self.memory,
+            notes=(*self.attached.notes, *self.notes),
         )
 
     def go(self, prospect: Prospect) -> Tuned:
@@ -167,8 +184,10 @@ class _Run:
         )
         made.remove_callback(PrinterCallback)
         again = recomputed(model) if tuning.checkpointing else contextlib.nullcontext()
+        mark = memory.Watermark(self.place)
         with _without_cache(model), again:
             ended = self._train(made) or course.ended or "all steps done"
+        peak = mark.peak()
         made.accelerator.unwrap_model(made.model_wrapped, keep_fp32_wrapper=False)
         end = self._judged(model, "judge end")
         history = made.state.log_history
@@ -187,8 +206,8 @@ class _Run:
             error=self.attached.error,
             seconds=sum(seconds),
             per_step=statistics.median(seconds) if seconds else 0.0,
-            peak=memory.peak_bytes(self.place)["ram"],
-            resting=0,
+            peak=peak,
+            resting=mark.resting,
         )
 
     def _train(self, made: trainer.TuneTrainer) -> str:

@@ -37,7 +37,11 @@ def example(size: int, seed: int = 0, learned: int | None = None) -> Example:
 
 
 def some(*sizes: int) -> list[Example]:
-    return [example(size, seed=index, learned=max(1, size // 2)) for index, size in enumerate(sizes)]
+    """Return examples of which the second half is learned, and of every third all."""
+    return [
+        example(size, seed=index, learned=None if index % 3 == 2 else size // 2)
+        for index, size in enumerate(sizes)
+    ]
 
 
 def pieces(row: dict[str, list[int]]) -> list[tuple[list[int], list[int]]]:
@@ -108,6 +112,12 @@ def test_packed_rows_are_hardly_more_than_the_fewest(cuts: list[list[int]]) -> N
         sizes += [end - start for start, end in zip(places, [*places[1:], 24], strict=True)]
     found = packed([example(size, index) for index, size in enumerate(sizes)], 24)
     assert len(cuts) <= len(found) <= math.floor(11 / 9 * len(cuts) + 6 / 9)
+
+
+@given(st.permutations([12, 10, 8, 6, 4]))
+def test_the_longest_come_first_into_the_fullest_row(sizes: list[int]) -> None:
+    """Shortest first, or into the emptiest row, these need three."""
+    assert sorted(len(row["input_ids"]) for row in packed(some(*sizes), 20)) == [20, 20]
 
 
 def test_padding_of_packed_rows_is_an_example_of_its_own() -> None:
@@ -242,7 +252,9 @@ def test_losses_come_row_by_row(llama: Any) -> None:
     expected = []
     for one in made:
         logs = llama(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(-1)
-        expected += [-logs[place - 1, token] for place, token in enumerate(one.labels) if token != IGNORED]
+        expected += [
+            -logs[place - 1, token] for place, token in enumerate(one.labels) if place and token != IGNORED
+        ]
     close(found, torch.stack(expected))
     sums = losses.sums(found, Collator(PAD)(rows(made))["labels"])
     close(sums, torch.stack([part.sum() for part in (found[:8], found[8:12], found[12:])]))

@@ -59,7 +59,7 @@ def plain(path: Path) -> str:
 
 
 def _json_rows(path: Path) -> Iterable[Mapping[str, Any]]:
-    for number, line in enumerate(plain(path).splitlines(), 1):
+    for number, line in enumerate(plain(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -20,6 +20,11 @@ def is_main() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def processes() -> int:
+    """Return how many processes torchrun or accelerate launch started for this run."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Precise(Protocol):
     """Settings that say what to multiply in."""
 

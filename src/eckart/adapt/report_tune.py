@@ -69,16 +69,14 @@ def result_rows(tuned: Tuned) -> Rows:
 
 def lines(tuned: Tuned) -> list[str]:
     """Return what else there is to say of a run."""
-    prospect, method = tuned.prospect, tuned.prospect.tuning.method
+    prospect = tuned.prospect
     found = [
         f"best at step {tuned.best:,} of {tuned.done:,} done and {prospect.steps:,} planned: {tuned.ended}",
         f"{prospect.trainable:,} of {prospect.total:,} parameters trained "
         f"({prospect.trainable / prospect.total:.2%})",
         f"{tuned.per_step:.2f} s a step, {tuned.seconds:.0f} s in all",
     ]
-    estimated = prospect.memory.get(method, {}).get("total")
-    guess = "" if not estimated else f"; {estimated / MB:,.0f} MB were estimated"
-    found.append(f"peak memory {tuned.peak / MB:,.0f} MB{guess}")
+    found.append(_memory(tuned))
     if tuned.error is not None:
         found.append(f"the start of the adapter left {tuned.error:.1%} of the quantisation error")
     if tuned.stored_bytes is not None:
@@ -86,6 +84,17 @@ def lines(tuned: Tuned) -> list[str]:
     if not tuned.gain:
         found.append("the held-out loss did not fall: lower --rate, or give more data")
     return found
+
+
+def _memory(tuned: Tuned) -> str:
+    whole = f"peak memory {tuned.peak / MB:,.0f} MB, of which {tuned.resting / MB:,.0f} MB before training"
+    estimated = tuned.prospect.memory.get(tuned.prospect.tuning.method, {}).get("total")
+    if tuned.needed is None or not estimated:
+        return whole
+    return (
+        f"{whole}; with its weights the training took {tuned.needed / MB:,.0f} MB, where "
+        f"{estimated / MB:,.0f} MB were estimated ({tuned.needed / estimated - 1:+.0%})"
+    )
 
 
 def rank_rows(tuned: Tuned) -> Rows:

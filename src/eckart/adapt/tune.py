@@ -13,7 +13,7 @@ from transformers import PrinterCallback
 from .. import hub, measure, memory, models, refine, teacher
 from ..errors import ConfigError, ModelError, NotFinite, StoreError
 from ..factors import LowRank
-from ..training import around, is_main, precision, recomputed
+from ..training import around, is_main, precision, processes, recomputed
 from . import allocation, attach, batches, examples, footprint, store, targets, trainer
 from .adalora import Allocation
 from .attach import Attached
@@ -73,7 +73,7 @@ class _Run:
         self.pad = batches.pad_token(self.tokenizer)
         self.data = examples.read(tuning, self.tokenizer)
         self.rows = self._rows(model, self.data)
-        self.processes = _processes()
+        self.processes = processes()
         if tuning.batch % (tuning.micro * self.processes):
             raise ConfigError(
                 f"batch {tuning.batch} of micro {tuning.micro} on {self.processes} processes: must be a "
@@ -239,12 +239,6 @@ class _Run:
             self.work.mkdir(parents=True, exist_ok=True)
             marker.write_text(json.dumps(self.key), encoding="utf-8")
         return found
-
-
-def _processes() -> int:
-    from accelerate import PartialState
-
-    return int(PartialState().num_processes)
 
 
 def _added(model: Any) -> int:

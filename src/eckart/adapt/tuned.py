@@ -77,6 +77,15 @@ class Tuned:
     stored_bytes: int | None = None
 
     @property
+    def needed(self) -> int | None:
+        """Bytes that the steps needed at most, the weights included, None without an estimate of these.
+
+        This is what the estimate is of: interpreter, libraries and what else was there are not in it.
+        """
+        parts = self.prospect.memory.get(self.prospect.tuning.method)
+        return None if parts is None else parts["weights"] + self.peak - self.resting
+
+    @property
     def gain(self) -> bool:
         """Whether the held-out loss is below that of the base."""
         return self.end.loss < self.prospect.start.loss

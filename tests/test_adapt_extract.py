@@ -263,10 +263,7 @@ def test_tensors_under_old_names_are_found(saved: Callable[..., Path]) -> None:
     assert "embed_out.weight" in checkpoints.open_checkpoint(base).shapes
     _, done = eckart.extract(base, other, rank=2)
     assert done.error < 1e-6
-    assert (
-        sum("was loaded whole: its files do not hold tensors under" in line for line in done.warnings)
-        == 2
-    )
+    assert sum("was loaded whole: its files do not hold tensors under" in line for line in done.warnings) == 2
 
 
 def test_a_base_that_lacks_tensors_is_refused(saved: Callable[..., Path]) -> None:

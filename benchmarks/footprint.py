@@ -55,8 +55,9 @@ def cases() -> list[dict[str, Any]]:
         add(method, SIZES[0], precision="bfloat16")
     for method in METHODS:
         add(method, SIZES[0], as_is=True)
-    for method in METHODS:
-        add(method, SIZES[1])
+    for checkpointing in (False, True):
+        for method in METHODS:
+            add(method, SIZES[1], checkpointing=checkpointing)
     for method in ("full", "lora"):
         add(method, SIZES[0], passes=2)
     add("lora", SIZES[0], learned=16)

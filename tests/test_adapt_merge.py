@@ -255,9 +255,10 @@ def test_a_shared_basis_stays_and_the_left_factor_is_the_least_squares_fit(
 
 @pytest.mark.parametrize("double", [False, True])
 def test_an_adapter_of_a_quantised_base_is_added_to_that(
-    double: bool, llama: Any, tmp_path: Path, tokenizer: Any
+    double: bool, tmp_path: Path, tokenizer: Any
 ) -> None:
     """The update belongs to Q: with eckart.json the merged model is Q + s B A, without it W + s B A."""
+    llama = tiny.build("llama", hidden_size=64, intermediate_size=128)
     targets = tuple(name for name in models.linear_names(llama) if "layers.0" in name)
     rounded = copy.deepcopy(llama)
     for name in targets:

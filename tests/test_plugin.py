@@ -215,7 +215,12 @@ def test_narrow_linears_load_bit_equal_in_every_dtype(
     eckart.save(model, tokenizer, tmp_path / "a", result)
     for again in (reload(tmp_path / "a"), eckart.load(tmp_path / "a")):
         assert again.dtype is hub.dtype(dtype)
-        assert torch.equal(logits(again, tiny.tokens()), before)
+        stored, own = models.state_tensors(again), models.state_tensors(model)
+        assert stored.keys() == own.keys()
+        assert all(torch.equal(tensor, own[key]) for key, tensor in stored.items())
+        # Kernels of float16 differ in the last bits with where a tensor lies in memory.
+        tolerance = 1e-2 if dtype == "float16" else 0.0
+        assert torch.allclose(logits(again, tiny.tokens()), before, rtol=tolerance, atol=tolerance)
         assert models.parameter_count(again) == result.after.model
 
 

@@ -1,8 +1,112 @@
-"""Tables and the plot of benchmarks/adapters.py."""
+"""The tables and the plot of benchmarks/adapters.py, means and ranges over the seeds that are there."""
 
+import statistics
 from pathlib import Path
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-def show(rows: list[dict[str, Any]], out: Path) -> None:
-    print(len(rows), out)
+from eckart import render
+
+Row = dict[str, Any]
+COLUMNS = [
+    "method", "seeds", "trainable", "share", "test loss", "accuracy", "share of full's gain", "stored MB",
+    "peak MB", "to full", "s a step",
+]  # fmt: skip
+CUTS = ["difference of full cut to", "test loss, linears alone", "test loss, all else as tuned"]
+SPECTRUM = ["matrices", "stable rank", "energy in top 2", "top 8", "top 32", "top 5 %", "top 10 %"]
+
+
+def name(row: Row) -> str:
+    return row["method"] if row["method"] == "full" else f"{row['method']} {row['rank']}"
+
+
+def groups(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(
+            f"{name(row)} at {row['rate']:g}" if row["task"] == "rates" else name(row), []
+        ).append(row)
+    return found
+
+
+def spread(values: list[float], form: str) -> str:
+    mean = format(statistics.fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+def cells(what: str, rows: list[Row], full: list[Row]) -> list[str]:
+    def mean(key: str, of: list[Row]) -> float:
+        return statistics.fmean(row[key] for row in of)
+
+    losses = [row["test"]["loss"] for row in rows]
+    right = [row["test"]["accuracy"] for row in rows if row["test"]["accuracy"] is not None]
+    gain = ratio = ""
+    if full:
+        best = statistics.fmean(row["test"]["loss"] for row in full)
+        base = rows[0]["base"]["loss"]
+        gain = f"{(base - statistics.fmean(losses)) / (base - best):.1%}"
+        ratio = f"{mean('peak_bytes', rows) / mean('peak_bytes', full):.2f}"
+    return [
+        what, str(len(rows)), f"{mean('trainable', rows):,.0f}",
+        f"{mean('trainable', rows) / rows[0]['parameters']:.2%}", spread(losses, ".3f"),
+        spread(right, ".1%") if right else "", gain, f"{mean('bytes', rows) / 1e6:,.1f}",
+        f"{mean('peak_bytes', rows) / 1e6:,.0f}", ratio, f"{mean('seconds_per_step', rows):.2f}",
+    ]  # fmt: skip
+
+
+def spectra(row: Row) -> list[list[str]]:
+    kinds: dict[str, list[Row]] = {}
+    for one in row["spectra"]:
+        kinds.setdefault(one["name"].split(".")[-2], []).append(one)
+    keys = ("stable_rank", *(f"energy_top_{top}" for top in ("2", "8", "32", "5%", "10%")))
+    return [
+        [kind, *(f"{statistics.fmean(one[key] for one in found):{'.1f' if at == 0 else '.0%'}}"
+                 for at, key in enumerate(keys))]
+        for kind, found in kinds.items()
+    ]  # fmt: skip
+
+
+def cuts(row: Row) -> list[list[str]]:
+    ranks = dict.fromkeys(what.partition(",")[0] for what in row["cut"])
+    return [
+        [
+            f"rank {rank}",
+            *(f"{row['cut'][f'{rank}, {kind}']['loss']:.3f}" for kind in ("linears alone", "all")),
+        ]
+        for rank in ranks
+    ]
+
+
+def show(rows: list[Row], out: Path) -> None:
+    """Print the tables of every task that has rows, and draw the plot beside `out`."""
+    for task in dict.fromkeys(row["task"] for row in rows):
+        own = [row for row in rows if row["task"] == task]
+        full = [row for row in own if row["method"] == "full"]
+        base = own[0]["base"]
+        right = "" if base["accuracy"] is None else f", accuracy {base['accuracy']:.1%}"
+        print(f"\n{task}: the base has test loss {base['loss']:.3f}{right}\n")
+        print(render.markdown_table(COLUMNS, [cells(what, of, full) for what, of in groups(own).items()]))
+        for row in full:
+            if "spectra" in row:
+                print("\n" + render.markdown_table(SPECTRUM, spectra(row)))
+                print("\n" + render.markdown_table(CUTS, cuts(row)))
+    plot([row for row in rows if row["task"] != "rates"], out.with_suffix(".png"))
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    if not tasks:
+        return
+    figure = Figure(figsize=(4.5 * len(tasks), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        own = [row for row in rows if row["task"] == task]
+        for method in dict.fromkeys(row["method"] for row in own):
+            found = sorted((row["trainable"], row["test"]["loss"]) for row in own if row["method"] == method)
+            axes.plot(*zip(*found, strict=True), "o", label=method)
+        axes.set(xscale="log", xlabel="trainable parameters", ylabel="test loss, nats a token", title=task)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    print(f"\nplot: {path}")

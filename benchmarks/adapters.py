@@ -71,7 +71,7 @@ def settings(run: Run, files: Path) -> tuple[Tuning, Path]:
     """Return the settings of a run and the file that it is tested on."""
     common: dict[str, Any] = {
         "method": run.method, "rank": run.rank or 8, "seed": run.seed, "rate": run.rate, "batch": 8,
-        "micro": 8, "precision": "bfloat16", "evaluations": 6, "patience": 2,
+        "micro": 8, "precision": "bfloat16", "evaluations": 6, "patience": 2, "tight": False,
     }  # fmt: skip
     if run.task in ("sst2", "rates"):
         made = Tuning(

@@ -86,6 +86,10 @@ def tune(
         bool | None,
         typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations: less memory."),
     ] = None,
+    tight: Annotated[
+        bool | None,
+        typer.Option("--tight/--loose", help="Linux CPU: freed memory goes back at once; a quarter slower."),
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or auto: bfloat16 where the device is fast in it.")
     ] = None,
@@ -110,7 +114,7 @@ def tune(
         "exclude": tuple(exclude or ()), "double": double, "epochs": epochs, "steps": steps, "rate": rate,
         "warmup": warmup, "weight_decay": weight_decay, "clip": clip, "batch": batch, "micro": micro,
         "seq_len": seq_len, "packing": packing, "evaluations": evaluations, "eval_limit": eval_limit,
-        "patience": patience, "first_batches": first_batches, "checkpointing": checkpointing,
+        "patience": patience, "first_batches": first_batches, "checkpointing": checkpointing, "tight": tight,
         "precision": precision, "paged": paged, "seed": seed,
     }  # fmt: skip
     work = session.work_folder(out)

@@ -68,6 +68,8 @@ class _Run:
             raise ModelError("data needs a tokenizer: pass tokenizer=")
         self.loaded, self.tuning, self.work, self.watch = loaded, tuning, work, watch
         self.place = model.device
+        if tuning.tight and self.place.type == "cpu":
+            memory.map_large_blocks()
         measure.check_length(model, tuning.seq_len)
         self.around = around(tuning, self.place)
         self.pad = batches.pad_token(self.tokenizer)

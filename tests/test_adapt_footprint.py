@@ -62,7 +62,7 @@ def size(tensors: Any) -> int:
 
 @pytest.mark.parametrize(
     ("architecture", "method"),
-    [("llama", "full"), ("llama", "lora"), ("llama", "dora"), ("opt", "full"), ("phi3", "lora")],
+    [("llama", "full"), ("llama", "lora"), ("llama", "dora"), ("gpt-neox", "full"), ("phi3", "lora")],
 )
 def test_weights_gradients_and_optimizer_are_those_of_a_real_step(architecture: str, method: Method) -> None:
     tuning = replace(TUNING, method=method)

@@ -165,10 +165,13 @@ def test_missing_pieces_are_named(llama_folder: Path, text_file: Path, written: 
 def test_interrupted_runs_leave_nothing(
     llama_folder: Path, text_file: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    aside = tmp_path_factory.mktemp("log")
+    # Enough to calibrate on for the signal to come in the middle of it, however busy the machine is.
+    log, long = aside / "stderr", aside / "long.txt"
+    long.write_text(text_file.read_text() * 20)
     command = [sys.executable, "-m", "eckart.cli", "compress", str(llama_folder), "--keep", "0.6", "--of",
-               "linears", "--text", str(text_file), "--out", str(tmp_path / "out"), "--tokens", "10000",
-               "--seq-len", "8"]  # fmt: skip
-    log = tmp_path_factory.mktemp("log") / "stderr"
+               "linears", "--text", str(long), "--out", str(tmp_path / "out"), "--tokens", "200000",
+               "--gradient-tokens", "200000", "--seq-len", "8"]  # fmt: skip
     with log.open("w") as stream, subprocess.Popen(command, stderr=stream, stdout=stream) as process:
         deadline = time.monotonic() + 120
         while "calibrate" not in log.read_text() and time.monotonic() < deadline:

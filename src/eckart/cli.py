@@ -20,11 +20,13 @@ from .terminal import (
     AsJson,
     Bos,
     Cache,
+    Checkpointing,
     Device,
     EvalSources,
     ForeignSources,
     Model,
     Overwrite,
+    Precision,
     Remote,
     Sources,
     failures,
@@ -229,13 +231,8 @@ def heal(
         int | None, typer.Option(help="Entries of the teacher's distribution to keep; default: all.")
     ] = None,
     adapter_rank: Annotated[int | None, typer.Option(help="Of --train adapter (16).")] = None,
-    checkpointing: Annotated[
-        bool | None,
-        typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations: less memory."),
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or auto: bfloat16 where the device is fast in it.")
-    ] = None,
+    checkpointing: Checkpointing = None,
+    precision: Precision = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best (4).")
     ] = None,

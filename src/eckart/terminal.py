@@ -37,6 +37,13 @@ Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin windows 
 Remote = Annotated[
     bool | None, typer.Option("--trust-remote-code/--no-remote-code", help="Run code that the model brings.")
 ]
+Checkpointing = Annotated[
+    bool | None,
+    typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations: less memory."),
+]
+Precision = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or auto: bfloat16 where the device is fast in it.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

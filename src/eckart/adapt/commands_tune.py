@@ -8,7 +8,7 @@ import typer
 
 from .. import recipe, render
 from ..bars import Bars
-from ..terminal import AsJson, Device, Overwrite, Remote, failures, show
+from ..terminal import AsJson, Checkpointing, Device, Overwrite, Precision, Remote, failures, show
 from ..training import is_main
 from . import report_tune, session, tuning
 
@@ -82,17 +82,12 @@ def tune(
     first_batches: Annotated[
         int | None, typer.Option(help="Batches that initialisation and --rank auto look at (8).")
     ] = None,
-    checkpointing: Annotated[
-        bool | None,
-        typer.Option("--checkpointing/--no-checkpointing", help="Recompute activations: less memory."),
-    ] = None,
+    checkpointing: Checkpointing = None,
     tight: Annotated[
         bool | None,
         typer.Option("--tight/--loose", help="Linux CPU: freed memory goes back at once; a quarter slower."),
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or auto: bfloat16 where the device is fast in it.")
-    ] = None,
+    precision: Precision = None,
     paged: Annotated[
         bool | None, typer.Option("--paged/--no-paged", help="qlora on cuda: moments that page out.")
     ] = None,

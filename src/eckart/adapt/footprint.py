@@ -186,6 +186,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.passing = self.kept = self.most_passing = self.most = 0
 
     def add(self, tensor: Tensor, *, count: bool = True) -> None:
+        """Watch the storage of `tensor`; one that is there from the start is not counted."""
         storage = tensor.untyped_storage()
         if storage in self.known:
             return

@@ -59,6 +59,8 @@ LAYERS = {
     "commands_params": 15,
     "cli": 16,
     "__main__": 17,
+    "quant": 0,
+    "quant.grid": 1,
     "adapt": 0,
     "adapt.spectrum": 4,
     "adapt.store": 5,

@@ -63,6 +63,7 @@ LAYERS = {
     "__main__": 18,
     "quant": 0,
     "quant.grid": 1,
+    "quant.rounding": 2,
     "quant.formats": 1,
     "quant.storage": 2,
     "quant.kernels": 3,

@@ -124,17 +124,20 @@ def test_what_is_no_multiple_of_a_block_stays_as_it_is(tokenizer: Any, tmp_path:
         tuning.run(tiny.build("llama"), tokenizer, chosen, tmp_path / "other")
 
 
-def test_the_start_is_the_best_of_its_rank_in_the_metric_of_the_inputs() -> None:
+@pytest.mark.parametrize("init", quantised.CORRECTIONS)
+def test_the_start_is_the_best_of_its_rank_in_its_metric(init: Any) -> None:
     model, weight = holder()
     quantised.quantise(model, "0", double=True, compute=torch.float32)
     torch.manual_seed(2)
     seen = torch.randn(400, 64) @ torch.randn(64, 64) * torch.linspace(0.1, 3, 64)
-    moment = seen.T @ seen / 400
-    inputs = Metric(64, moment, quantised.DAMP)
+    moments: dict[Any, Tensor] = {"gram": seen.T @ seen / 400, "absolute": seen.abs().mean(0)}
+    metric = {"residual": moments["gram"], "lqer": moments["absolute"].double().square(), "loftq": None}
+    inputs = Metric(64, metric[init], quantised.DAMP)
     error = to_float64(weight) - to_float64(quantised.dequantised(model.get_submodule("0")))
     values = torch.linalg.svdvals(inputs.root_times(error.T).T)
     for rank in (1, 4, 16, 48):
-        found = quantised.residual(weight, model.get_submodule("0"), moment, rank)
+        method = quantised.CORRECTIONS[init]
+        found = quantised.residual(weight, model.get_submodule("0"), moments, rank, method)
         assert found.left.shape == (48, rank)
         left = weighted_error(error - found.dense(), inputs, Metric(48))
         assert float(left) == pytest.approx(float(values[rank:].square().sum()), rel=1e-6, abs=1e-12)
@@ -165,18 +168,22 @@ def test_a_qlora_layer_is_the_dequantised_base_plus_the_update(
     assert not layer.base_layer.weight.requires_grad
 
 
-def test_the_residual_start_is_nearer_to_the_model_than_none(
+def test_corrected_starts_are_nearer_to_the_model_than_none(
     wide: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     path = tuning.data(tmp_path)
     ids, found = tiny.tokens(), {}
-    for init in ("default", "residual"):
-        chosen = tuning.settings(path, method="qlora", init=init, rank=8, steps=1, rate=1e-12)
+    errors: dict[Any, float] = {}
+    for init in ("default", *quantised.CORRECTIONS):
+        chosen = tuning.settings(path, method="qlora", init=init, rank=8, steps=1, rate=1e-12, evaluations=1)
         attached, done = tuning.run(wide, tokenizer, chosen, tmp_path / init)
         found[init] = float((tuning.logits(attached.model, ids) - tuning.logits(wide, ids)).norm())
-    assert done.error is not None
-    assert done.error < 0.9
-    assert found["residual"] < 0.9 * found["default"]
+        if done.error is not None:
+            errors[init] = done.error
+    assert set(errors) == set(quantised.CORRECTIONS)
+    assert max(errors.values()) < 0.95
+    assert min(errors, key=errors.__getitem__) == "residual"
+    assert all(found[init] < 0.95 * found["default"] for init in errors)
 
 
 def test_an_adapter_on_nf4_loads_on_the_base_that_it_was_trained_on(

@@ -23,7 +23,10 @@ CLASSES: dict[str, Any] = {"task": "classification"}
     ("values", "message"),
     [
         ({"method": "lorra"}, "method 'lorra': legal are lora, dora, qlora, adalora, full"),
-        ({"init": "zeros"}, "init 'zeros': legal are default, gaussian, pissa, olora, eva, corda, residual"),
+        (
+            {"init": "zeros"},
+            "init 'zeros': legal are default, gaussian, pissa, olora, eva, corda, residual, lqer, loftq",
+        ),
         ({"task": "chat"}, "task 'chat': legal are generation, classification"),
         ({"precision": "int8"}, "precision 'int8': legal are auto, float32, bfloat16"),
         ({"rank": "many"}, f"rank 'many': {WHOLE} 1, or 'auto'"),
@@ -77,7 +80,10 @@ def test_an_illegal_value_is_refused(values: dict[str, Any], message: str) -> No
     ("values", "message"),
     [
         ({"batch": 6, "micro": 4}, "batch 6: must be a multiple of micro = 4"),
-        ({"init": "residual"}, "init 'residual' is for method qlora, which quantises, not for lora"),
+        *[
+            ({"init": init}, f"init '{init}' is for method qlora, which quantises, not for lora")
+            for init in ("residual", "lqer", "loftq")
+        ],
         *[
             (
                 {"method": method, "init": init},
@@ -120,7 +126,7 @@ def test_what_does_not_go_together_is_refused(values: dict[str, Any], message: s
 def test_what_is_left_of_methods_and_initialisations_is_legal() -> None:
     taken: dict[tuning.Method, set[tuning.Init]] = {
         "lora": {"pissa", "olora", "eva", "corda"},
-        "qlora": {"pissa", "olora", "residual"},
+        "qlora": {"pissa", "olora", "residual", "lqer", "loftq"},
     }
     for method in METHODS:
         assert Tuning(method=method).starting == ("residual" if method == "qlora" else "default")

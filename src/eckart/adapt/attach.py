@@ -14,10 +14,11 @@ from .. import stats
 from ..errors import ConfigError, ModelError, RankError
 from ..factors import LowRank
 from ..linalg import Metric, to_float64, weighted_error
+from ..quant import correction
 from . import quantised, targets
 from .batches import Batch
 from .store import Nf4
-from .tuning import MUTATING, Tuning
+from .tuning import CORRECTING, MUTATING, Init, Tuning
 
 Watch = Callable[[str, int, int], None]
 ADAPTER = "default"
@@ -92,8 +93,9 @@ def attach(
     if tuning.method == "qlora":
         storage, more = _storage(model, tuning, chosen)
         notes += more
-        wanted = [name for name in chosen if name in storage.targets and tuning.starting == "residual"]
-        moments = _moments(model, wanted, batches, around, watch)
+        wanted = [name for name in chosen if name in storage.targets and tuning.starting in CORRECTING]
+        kinds = _statistics(tuning.starting)
+        moments = _moments(model, wanted, kinds, batches, around, watch)
         corrections, error = _quantised(model, storage, chosen, tuning, moments, compute, watch)
     config = _config(model, tuning, chosen, steps, passes)
     with torch.random.fork_rng(devices=[]), known_warnings():
@@ -136,7 +138,7 @@ def _check_ranks(
         return ()
     shape = " x ".join(map(str, sizes[above[0]]))
     what = f"rank {ranks[above[0]]} of {above[0]}, which is {shape}"
-    if tuning.starting in (*MUTATING, "residual", "eva"):
+    if tuning.starting in (*MUTATING, *CORRECTING, "eva"):
         most = min(min(sizes[name]) for name in above)
         raise RankError(
             f"{what}: init {tuning.starting!r} takes singular vectors, of which there are at most "
@@ -145,15 +147,22 @@ def _check_ranks(
     return (f"{what}: more than the matrix can have; the rest is parameters without use",)
 
 
+def _statistics(init: Init) -> tuple[stats.Statistic, ...]:
+    """Return what a start looks at, and the metric that its error is told in."""
+    needed = correction.get(quantised.CORRECTIONS[init]).statistics() if init in CORRECTING else ()
+    return tuple(dict.fromkeys(("gram", *needed)))
+
+
 @torch.no_grad()
 def _moments(
     model: Any,
     names: Sequence[str],
+    kinds: Sequence[stats.Statistic],
     batches: Sequence[Batch],
     around: Callable[[], AbstractContextManager[Any]],
     watch: Watch,
 ) -> stats.Stats:
-    with stats.collect(model, names, ["gram"]) as gathered:
+    with stats.collect(model, names, kinds) as gathered:
         for index, batch in enumerate(batches):
             with around():
                 model(input_ids=batch["input_ids"], use_cache=False)
@@ -195,11 +204,12 @@ def _quantised(
     before = after = 0.0
     for index, name in enumerate(storage.targets):
         weight = quantised.quantise(model, name, double=storage.double, compute=compute)
-        if tuning.starting == "residual" and name in ranks:
-            module, moment = model.get_submodule(name), moments.moment("gram", name).mean()
-            found[name] = quantised.residual(weight, module, moment, ranks[name])
+        if tuning.starting in CORRECTING and name in ranks:
+            module, method = model.get_submodule(name), quantised.CORRECTIONS[tuning.starting]
+            seen = {kind: moments.moment(kind, name).mean() for kind in _statistics(tuning.starting)}
+            found[name] = quantised.residual(weight, module, seen, ranks[name], method)
             error = to_float64(weight) - to_float64(quantised.dequantised(module))
-            inputs, outputs = Metric(weight.shape[1], moment), Metric(weight.shape[0])
+            inputs, outputs = Metric(weight.shape[1], seen["gram"]), Metric(weight.shape[0])
             before += weighted_error(error, inputs, outputs)
             after += weighted_error(error - found[name].dense(), inputs, outputs)
         watch("quantise", index + 1, len(storage.targets))
@@ -230,7 +240,7 @@ def _config(model: Any, tuning: Tuning, ranks: Mapping[str, int], steps: int, pa
         patterns["rank_pattern"] = {name.replace(".", r"\."): own for name, own in ranks.items()}
         if tuning.alpha is None:
             patterns["alpha_pattern"] = {key: 2 * own for key, own in patterns["rank_pattern"].items()}
-    kinds: dict[str, Any] = {"default": True, "residual": True}
+    kinds: dict[str, Any] = {"default": True, **dict.fromkeys(CORRECTING, True)}
     extra: dict[str, Any] = {}
     if tuning.starting == "eva":
         extra["eva_config"] = peft.EvaConfig(use_label_mask=tuning.task == "generation")

@@ -51,7 +51,8 @@ def tune(
         bool | None, typer.Option("--rslora/--no-rslora", help="Divide alpha by the root of the rank.")
     ] = None,
     init: Annotated[
-        str | None, typer.Option(help="default, gaussian, pissa, olora, eva, corda; qlora: residual.")
+        str | None,
+        typer.Option(help="default, gaussian, pissa, olora, eva, corda; qlora: residual, lqer, loftq."),
     ] = None,
     targets: Annotated[
         list[str] | None, typer.Option(help="Globs on module names; default: every linear map in the blocks.")

@@ -1,6 +1,7 @@
 """A base in NF4 by bitsandbytes, and the low-rank part of the error that this makes."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,8 +10,13 @@ from torch import Tensor, nn
 from .. import models
 from ..errors import ConfigError, ModelError
 from ..factors import LowRank
-from ..linalg import Metric, to_float64, weighted_svd
+from ..linalg import to_float64
+from ..quant import correction
+from ..stats import Statistic
+from .tuning import Init
 
+CORRECTIONS: dict[Init, str] = {"residual": "qera", "lqer": "lqer", "loftq": "loftq"}
+"""By what correction an adapter starts."""
 _BLOCK = 64
 DAMP = 1e-3
 """Of the metric of the inputs, relative to its mean: the first batches do not span every input."""
@@ -100,18 +106,21 @@ def bits_per_parameter(module: nn.Module) -> float:
     return 8 * sizes / int(state.shape.numel())
 
 
-def residual(weight: Tensor, module: nn.Module, moment: Tensor, rank: int) -> LowRank:
-    """Return the best rank-`rank` part of W - Q in the metric of the inputs, float64 on the CPU.
+def residual(
+    weight: Tensor, module: nn.Module, moments: Mapping[Statistic, Tensor], rank: int, method: str = "qera"
+) -> LowRank:
+    """Return the best rank-`rank` part of W - Q in the metric of `method`, float64 on the CPU.
 
-    Minimises tr((W - Q - L R) H (W - Q - L R)^T): L R is what a LoRA on Q starts from to be nearest to W
-    (QERA-exact, Zhang et al. 2024; LoftQ, Li et al. 2023, has the identity for H and iterates).
+    L R is what a LoRA on Q starts from to be nearest to W; by default it minimises
+    tr((W - Q - L R) H (W - Q - L R)^T), H the second moment of the inputs (QERA-exact, Zhang et al. 2024).
 
     Args:
         weight: W (m, n) as it was.
         module: the NF4 linear map that holds Q.
-        moment: H (n, n), the second moment of its inputs.
+        moments: the statistics of its inputs that the method needs.
         rank: at most min(m, n).
+        method: a key of eckart.quant.correction.METHODS.
     """
     error = to_float64(weight) - to_float64(dequantised(module))
-    svd = weighted_svd(error, Metric(weight.shape[1], moment, DAMP), Metric(weight.shape[0]))
-    return LowRank(svd.left[:, :rank], svd.right[:rank]).balanced()
+    shape = (weight.shape[0], weight.shape[1])
+    return correction.fit(error, rank, *correction.get(method).metrics(shape, moments, DAMP)).factors

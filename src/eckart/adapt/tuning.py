@@ -11,10 +11,12 @@ from ..errors import ConfigError
 from ..healing import Precision
 
 Method = Literal["lora", "dora", "qlora", "adalora", "full"]
-Init = Literal["default", "gaussian", "pissa", "olora", "eva", "corda", "residual"]
+Init = Literal["default", "gaussian", "pissa", "olora", "eva", "corda", "residual", "lqer", "loftq"]
 Task = Literal["generation", "classification"]
 METHODS: tuple[Method, ...] = ("lora", "dora", "qlora", "adalora", "full")
-INITS: tuple[Init, ...] = ("default", "gaussian", "pissa", "olora", "eva", "corda", "residual")
+CORRECTING: tuple[Init, ...] = ("residual", "lqer", "loftq")
+"""Initialisations that put into the adapter what quantising took out of the base."""
+INITS: tuple[Init, ...] = ("default", "gaussian", "pissa", "olora", "eva", "corda", *CORRECTING)
 MUTATING: tuple[Init, ...] = ("pissa", "olora", "corda")
 """Initialisations that take out of the base what they put into the adapter."""
 
@@ -53,8 +55,9 @@ class Tuning:
         dropout: of the adapter's input.
         rslora: divide alpha by the root of the rank instead.
         init: how the adapter starts: `default` (an update of zero), `gaussian`, `pissa`, `olora`, `eva`,
-            `corda` (PEFT's); `residual`: the best low-rank part of the quantisation error, in the metric of
-            the inputs, which is the default of qlora.
+            `corda` (PEFT's); for qlora the best low-rank part of the quantisation error: `residual`, its
+            default, in the metric of the inputs, `lqer` in that of their mean magnitudes, `loftq` in
+            Frobenius norm (one step, as in PEFT: further ones change the base).
         targets: globs on module names; default: every linear map inside the blocks.
         exclude: of those.
         start_rank: adalora: rank at the start; default: half as much again as `rank`.
@@ -169,8 +172,10 @@ class Tuning:
     def _check_together(self) -> None:
         if self.batch % self.micro:
             raise ConfigError(f"batch {self.batch}: must be a multiple of micro = {self.micro}")
-        if self.init == "residual" and self.method != "qlora":
-            raise ConfigError(f"init 'residual' is for method qlora, which quantises, not for {self.method}")
+        if self.init in CORRECTING and self.method != "qlora":
+            raise ConfigError(
+                f"init {self.init!r} is for method qlora, which quantises, not for {self.method}"
+            )
         if self.init not in (None, "default", "gaussian") and self.method in ("full", "adalora", "dora"):
             raise ConfigError(f"init {self.init!r} is for methods lora and qlora, not for {self.method}")
         if self.init in ("corda", "eva") and self.method == "qlora":

@@ -14,7 +14,7 @@ from torch import Tensor
 from eckart.errors import ConfigError, NotFinite, RankError
 from eckart.factors import LowRank
 from eckart.linalg import Metric, weighted_error
-from eckart.quant import correction
+from eckart.quant import correction, storage
 from eckart.quant.correction import METHODS, Rounders, correct, fit
 
 examples = hypothesis_settings(max_examples=15, deadline=None)
@@ -183,6 +183,27 @@ def test_rounded_factors_are_fitted_to_one_another(name: str) -> None:
     ):
         assert unrounded.dtype == torch.float32
         assert torch.equal(factor, rounder(unrounded).double())
+
+
+@pytest.mark.parametrize("base", ["nf4", "nf4-dq", "int4", "int2"])
+def test_what_was_rounded_gives_the_stored_tensors_again(base: str) -> None:
+    """Codes are not returned, so that they are made again of `target` and `unrounded`: the same values."""
+
+    def rounded(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda given: storage.get(name).grid(given).rounded(given)
+
+    def stored(name: str, given: Tensor) -> Tensor:
+        how, shape = storage.get(name), (given.shape[0], given.shape[1])
+        grid = how.grid(given)
+        return how.decode(how.pack(grid.codes(given), grid), shape)
+
+    weight, rounders = matrix(24, 70, 7).float(), Rounders(rounded("int8"), rounded("int8"))
+    metrics = METHODS["eckart"].metrics((24, 70), moments(24, 70, 7), 1e-3)
+    found = correct(weight, rounded(base), 3, *metrics, steps=3, rounders=rounders)
+    assert found.after < 0.9 * found.before
+    assert torch.equal(found.quantised, stored(base, found.target))
+    assert torch.equal(found.factors.left, stored("int8", found.unrounded.left).double())
+    assert torch.equal(found.factors.right, stored("int8", found.unrounded.right).double())
 
 
 def test_a_correction_that_only_hurts_is_none() -> None:

@@ -212,6 +212,7 @@ def test_a_correction_that_only_hurts_is_none() -> None:
     found = of("qera", weight, 2, rounders=bad)
     assert found.after == found.before
     assert not found.factors.dense().any()
+    assert found.unrounded.left.dtype == torch.float32
     assert torch.equal(found.dense(), coarse(weight))
 
 

@@ -203,7 +203,8 @@ def fit(error: Tensor, rank: int, inputs: Metric, outputs: Metric, rounders: Rou
     if rounders is None:
         return Fit(start, start)
     zeros = LowRank(torch.zeros_like(start.left), torch.zeros_like(start.right))
-    best, least = Fit(zeros, zeros), weighted_error(error, inputs, outputs)
+    unrounded = LowRank(zeros.left.to(torch.float32), zeros.right.to(torch.float32))
+    best, least = Fit(zeros, unrounded), weighted_error(error, inputs, outputs)
     work, wish = to_float64(error), start.right.to(torch.float32)
     right = _rounded(rounders.right, wish, "right factor")
     for _ in range(SWEEPS):

@@ -47,19 +47,25 @@ _LOOKUP = 65535
 _HALF_MAX = 65504.0
 
 
-@cache
 def dynamic_map() -> Tensor:
     """Return the (256,) ascending values of signed 8-bit dynamic quantisation, float32.
 
     A decimal exponent in unary, then a linear fraction (8-Bit Approximations for Parallelism in Deep
     Learning, Dettmers 2015).
     """
+    return torch.tensor(_DYNAMIC, dtype=torch.float32)
+
+
+def _dynamic_values() -> tuple[float, ...]:
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32, device="cpu")
         means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2)
         values += [*means.tolist(), *(-means).tolist()]
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return tuple(sorted(values))
+
+
+_DYNAMIC = _dynamic_values()
 
 
 @cache
@@ -123,9 +129,8 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def unnest(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
-    """Return the scales of blocks (k,), float32, that `nest` stored."""
-    levels = dynamic_map().to(codes.device)[codes.to(torch.int64)]
-    return levels * scales.repeat_interleave(NEST)[: codes.numel()] + offset
+    """Return the scales of blocks, float32, that `nest` stored, for its codes and the scale of each."""
+    return dynamic_map().to(codes.device)[codes.to(torch.int64)] * scales + offset
 
 
 def row_codes(weight: Tensor) -> tuple[Tensor, Tensor]:

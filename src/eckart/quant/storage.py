@@ -31,11 +31,14 @@ class Scales(Protocol):
     def fit(self, weight: Tensor, levels: Tensor, importance: Tensor | None) -> dict[str, Tensor]:
         """Return the tensors for `weight` (m, n) float32."""
 
-    def read(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Tensor, Tensor | None]:
-        """Return scale and zero, float32 (m, n), of what `fit` returned; None for a zero of 0."""
+    def open(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the scales and zeros, float32, one for all that share it; None for a zero of 0."""
 
-    def floats(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the floating-point numbers among the tensors."""
+    def spread(self, values: Tensor, shape: Shape) -> Tensor:
+        """Return what `open` gave, one for every entry (m, n)."""
+
+    def at(self, tensors: Mapping[str, Tensor], shape: Shape, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scale and zero of the entries that stand at `places` of the flattened matrix."""
 
 
 def as_bits(values: Tensor) -> Tensor:
@@ -67,13 +70,17 @@ class Rows:
             absmax = absmax * formats.least_error(weight, importance.expand_as(weight), rounded)
         return {"absmax": as_bits(absmax)}
 
-    def read(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Tensor, Tensor | None]:
-        """Return absmax / 127 of each row."""
-        return (tensors["absmax"].view(torch.float32) / 127)[:, None].expand(shape), None
+    def open(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return absmax / 127 (m,)."""
+        return tensors["absmax"].view(torch.float32) / 127, None
 
-    def floats(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the absmax."""
-        return [tensors["absmax"].view(torch.float32)]
+    def spread(self, values: Tensor, shape: Shape) -> Tensor:
+        """Return the value of the row of each entry."""
+        return values[:, None].expand(shape)
+
+    def at(self, tensors: Mapping[str, Tensor], shape: Shape, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the scale of the row of each place."""
+        return tensors["absmax"][places // shape[1]].view(torch.float32) / 127, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +88,12 @@ class Blocks:
     """One absmax per 64 entries of the flattened matrix, float32 or quantised once more; levels in [-1, 1].
 
     Args:
+        code: bitsandbytes' name of the codebook.
         nested: the absmax in 8 bits of the dynamic map, with a float32 scale for every 256 of them, around
             their mean.
     """
 
+    code: str
     nested: bool
 
     def layout(self, shape: Shape) -> Layout:
@@ -119,20 +128,25 @@ class Blocks:
         codes, scales, offset = formats.nest(absmax)
         return {"absmax": codes, "nest_absmax": as_bits(scales), "nest_offset": as_bits(offset)}
 
-    def absmax(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the absmax of each block, float32."""
+    def open(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the absmax (k,)."""
         if not self.nested:
-            return tensors["absmax"].view(torch.float32)
-        return formats.unnest(tensors["absmax"], *self.floats(tensors))
+            return tensors["absmax"].view(torch.float32), None
+        scales = tensors["nest_absmax"].view(torch.float32).repeat_interleave(NEST)
+        scales = scales[: tensors["absmax"].numel()]
+        return formats.unnest(tensors["absmax"], scales, tensors["nest_offset"].view(torch.float32)), None
 
-    def read(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Tensor, Tensor | None]:
-        """Return the absmax of the block of each entry."""
-        return self.absmax(tensors).repeat_interleave(BLOCK)[: prod(shape)].view(shape), None
+    def spread(self, values: Tensor, shape: Shape) -> Tensor:
+        """Return the value of the block of each entry."""
+        return values.repeat_interleave(BLOCK)[: prod(shape)].view(shape)
 
-    def floats(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return what is stored in float32."""
-        names = ("nest_absmax", "nest_offset") if self.nested else ("absmax",)
-        return [tensors[name].view(torch.float32) for name in names]
+    def at(self, tensors: Mapping[str, Tensor], shape: Shape, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the absmax of the block of each place."""
+        absmax = tensors["absmax"][places // BLOCK]
+        if not self.nested:
+            return absmax.view(torch.float32), None
+        scales = tensors["nest_absmax"][places // (BLOCK * NEST)].view(torch.float32)
+        return formats.unnest(absmax, scales, tensors["nest_offset"].view(torch.float32)), None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +180,19 @@ class Groups:
         scale, zero = formats.affine_groups(groups, top, shrink)
         return {"scale": as_bits(scale), "zero": zero}
 
-    def read(self, tensors: Mapping[str, Tensor], shape: Shape) -> tuple[Tensor, Tensor | None]:
-        """Return scale and zero of the group of each entry."""
-        parts = (tensors["scale"].view(torch.float16), tensors["zero"])
-        scale, zero = (
-            part.to(torch.float32).repeat_interleave(BLOCK, dim=1)[:, : shape[1]] for part in parts
-        )
-        return scale, zero
+    def open(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return scale and zero (m, groups)."""
+        return tensors["scale"].view(torch.float16).to(torch.float32), tensors["zero"].to(torch.float32)
 
-    def floats(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the scales."""
-        return [tensors["scale"].view(torch.float16)]
+    def spread(self, values: Tensor, shape: Shape) -> Tensor:
+        """Return the value of the group of each entry."""
+        return values.repeat_interleave(BLOCK, dim=1)[:, : shape[1]]
+
+    def at(self, tensors: Mapping[str, Tensor], shape: Shape, places: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return scale and zero of the group of each place."""
+        row, group = places // shape[1], places % shape[1] // BLOCK
+        scale = tensors["scale"][row, group].view(torch.float16)
+        return scale.to(torch.float32), tensors["zero"][row, group].to(torch.float32)
 
 
 def _groups_of(weight: Tensor) -> Tensor:
@@ -255,8 +271,9 @@ class Storage:
         return self._grid(parts, (weight.shape[0], weight.shape[1]))
 
     def _grid(self, parts: Mapping[str, Tensor], shape: Shape) -> Grid:
-        scale, zero = self.scales.read(parts, shape)
-        return Grid(self.levels.to(scale.device), scale, zero, parts)
+        scale, zero = self.scales.open(parts)
+        spread = None if zero is None else self.scales.spread(zero, shape)
+        return Grid(self.levels.to(scale.device), self.scales.spread(scale, shape), spread, parts)
 
     def pack(self, codes: Tensor, grid: Grid) -> dict[str, Tensor]:
         """Return the tensors to store for `codes` (m, n) uint8 on `grid`."""
@@ -290,6 +307,16 @@ class Storage:
         codes, grid = self.unpack(tensors, shape)
         return grid.values(codes)
 
+    def rows(self, tensors: Mapping[str, Tensor], shape: Shape, ids: Tensor) -> Tensor:
+        """Return the rows `ids` (...) of the matrix (m, n): (..., n) float32, equal to those of `decode`."""
+        places = ids.to(torch.int64)[..., None] * shape[1] + torch.arange(shape[1], device=ids.device)
+        scale, zero = self.scales.at(tensors, shape, places)
+        if self.width == 8:
+            found = tensors["codes"][ids].to(torch.float32)
+        else:
+            found = self.levels.to(ids.device)[formats.gather_bits(tensors["codes"], self.width, places)]
+        return (found if zero is None else found - zero) * scale
+
     def check(self, tensors: Mapping[str, Tensor], shape: Shape) -> None:
         """Raise StoreError unless names, shapes and dtypes are those of `layout(shape)`."""
         found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -301,7 +328,7 @@ class Storage:
 
     def finite(self, tensors: Mapping[str, Tensor]) -> bool:
         """Tell whether every scale that is stored is finite."""
-        return all(bool(torch.isfinite(part).all()) for part in self.scales.floats(tensors))
+        return bool(torch.isfinite(self.scales.open(tensors)[0]).all())
 
 
 def _checked_importance(importance: Tensor, columns: int) -> Tensor:
@@ -328,10 +355,10 @@ STORAGES: dict[str, Storage] = {
     for storage in (
         Storage("int8", 8, _WHOLE, Rows()),
         Storage("llm.int8", 8, _WHOLE, Rows(), mixed=True),
-        Storage("nf4", 4, NF4, Blocks(nested=False)),
-        Storage("nf4-dq", 4, NF4, Blocks(nested=True)),
-        Storage("fp4", 4, FP4, Blocks(nested=False)),
-        Storage("fp4-dq", 4, FP4, Blocks(nested=True)),
+        Storage("nf4", 4, NF4, Blocks("nf4", nested=False)),
+        Storage("nf4-dq", 4, NF4, Blocks("nf4", nested=True)),
+        Storage("fp4", 4, FP4, Blocks("fp4", nested=False)),
+        Storage("fp4-dq", 4, FP4, Blocks("fp4", nested=True)),
         _affine("int4", 4),
         _affine("int3", 3),
         _affine("int2", 2),

@@ -9,7 +9,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import eckart
-from eckart import ModelError, embeddings, hub, models, plugin
+from eckart import ModelError, embeddings, hub, models, skeleton
 from eckart.factors import FORMS, Form, LowRank, build
 from eckart.linalg import truncated_svd
 
@@ -80,7 +80,7 @@ def test_grouped_query_attention_keeps_its_shapes(compress: Compress) -> None:
 def test_tied_embeddings_stay_tied_and_are_stored_once(compressed_folder: Path) -> None:
     model = reload(compressed_folder)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    names = [name for file in compressed_folder.glob("*.safetensors") for name in plugin.read_shapes(file)]
+    names = [name for file in compressed_folder.glob("*.safetensors") for name in skeleton.read_shapes(file)]
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names
 

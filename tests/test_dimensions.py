@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import eckart
 from eckart import ConfigError, ModelError, Override, RankError, Recipe, budget, dimensions, models
-from eckart.budget import Budget, Choice
+from eckart.choices import Budget, Choice
 from eckart.dimensions import Dimension
 from eckart.factors import NarrowLinear
+from eckart.menus import Estimates
 
 from . import tiny
 from .conftest import Compress, logits
@@ -285,7 +286,7 @@ class Setup:
 
     def choose(self, recipe: Recipe, limit: int, exchange: float = 1.0, blocks: bool = False) -> list[Choice]:
         return budget.choose(
-            recipe, Budget(limit, "the budget"), self.targets, self.dimensions, self.losses,
+            recipe, Budget(limit, "the budget"), self.targets, self.dimensions, Estimates(self.losses),
             exchange=exchange, blocks=self.blocks if blocks else None,
         )  # fmt: skip
 

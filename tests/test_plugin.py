@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import eckart
-from eckart import StoreError, hub, models, plugin
+from eckart import StoreError, declaration, hub, models, plugin, skeleton
 from eckart.factors import NarrowLinear
 
 from . import tiny
@@ -120,7 +120,7 @@ def _edit(folder: Path, tmp_path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99}, "format 99, this eckart reads formats 1 to 3"),
+        ({"format": 99}, "format 99, this eckart reads formats 1 to 4"),
         ({"surprise": 1}, "unknown keys"),
         ({"modules": {"../../etc": {"kind": "factored", "rank": 2}}}, "not a dotted module name"),
         ({"modules": {"model.nothing": {"kind": "factored", "rank": 2}}}, "is no nn.Linear of Llama"),
@@ -163,10 +163,10 @@ def test_an_index_cannot_leave_the_folder(compress: Compress, tmp_path: Path) ->
 def test_an_unreadable_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(StoreError, match="not a readable safetensors file"):
-        plugin.read_shapes(tmp_path / "model.safetensors")
+        skeleton.read_shapes(tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("format", plugin.READS)
+@pytest.mark.parametrize("format", declaration.READS)
 def test_the_golden_folders_of_all_formats_still_load(format: int) -> None:
     folder = GOLDEN / f"format-{format}"
     expected = load_file(folder / "expected" / "logits.safetensors")
@@ -316,7 +316,7 @@ def test_a_shape_that_is_no_pair_is_refused(shape: Any, narrow_folder: Path, tmp
 def test_narrow_declarations_say_what_is_there(narrow_folder: Path) -> None:
     model = reload(narrow_folder)
     declared = json.loads((narrow_folder / "config.json").read_text())["quantization_config"]["modules"]
-    assert declared == plugin.declare(model).modules
+    assert declared == declaration.declare(model).modules
     for name, spec in declared.items():
         module = model.get_submodule(name)
         assert isinstance(module, NarrowLinear)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from eckart import ConfigError, Override, RankError, Recipe, recipe
+from eckart import ConfigError, Override, RankError, Recipe, construct, recipe
 from eckart.methods import METHODS, SHAPES
 from eckart.ranks import Energy, Fixed, Keep
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
     ],
 )
 def test_sizes(size: int | str, count: int) -> None:
-    assert recipe.parse_size(size) == count
+    assert construct.parse_size(size) == count
 
 
 def test_budgets_become_rules_and_fixed_ranks_are_uniform() -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eckart
-from eckart import ConfigError, ModelError, Override, RankError, Recipe, budget, dimensions, models, pipeline
+from eckart import ConfigError, ModelError, Override, RankError, Recipe, dimensions, models, pipeline
 from eckart import stock as stock_module
-from eckart.budget import Budget, Choice
+from eckart.choices import Budget, Choice, dense
 from eckart.methods import Shape
 
 from . import tiny
@@ -191,7 +191,7 @@ def without_heads(model: Any, kept: int) -> tuple[list[Choice], list[dimensions.
     for target in targets:
         dimension = next((d for d in found if target.name in d.members), None)
         narrow = dimension and Choice(target, "narrow", kept, dimension.units)
-        choices.append(narrow or budget.dense(target))
+        choices.append(narrow or dense(target))
     for dimension in found:
         for name, module in dimensions.narrowed(model, dimension, torch.arange(kept)).items():
             models.replace(model, name, module)

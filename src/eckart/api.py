@@ -36,6 +36,8 @@ def compress(
     method: str | None = None,
     allocation: Allocation | None = None,
     form: Shape | None = None,
+    storage: str | None = None,
+    embeddings: str | None = None,
     stock: bool | None = None,
     depth: bool | None = None,
     text: Sources | None = None,
@@ -82,7 +84,8 @@ def compress(
     """
     given = {
         "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy, "method": method,
-        "allocation": allocation, "form": form, "stock": stock, "depth": depth,
+        "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
+        "stock": stock, "depth": depth,
         "text": _sources(text), "eval_text": _sources(eval_text),
         "include": _sources(include), "exclude": _sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dimensions, models
-from .budget import Choice
+from .choices import Choice
 from .dimensions import Dimension
 from .embeddings import FactoredEmbedding, build_embedding, tied_head
 from .factorize import Decomposed, Part
@@ -15,6 +15,8 @@ from .factors import FORMS, FactoredLinear, LowRank, PartialLinear, PivotedLinea
 from .heads import Heads, PairNarrowing, ValueNarrowing, places
 from .linalg import WeightedSVD
 from .models import Target
+from .quant import storage
+from .recipe import FLOAT
 from .result import Module
 
 
@@ -174,7 +176,8 @@ def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:
         elif choice.form == "partial":
             attention, key = shared[name]
             counted = name in (attention.output, attention.query)
-        losses = found.parts[key].losses() if key in found.parts else torch.zeros(choice.rank + 1)
+        part = found.parts.get(key)
+        losses = torch.zeros(choice.rank + 1) if part is None or part.found is None else part.losses()
         lost, all_of_it = float(losses[choice.rank]), float(losses[0])
         if choice.form == "dropped":
             lost, all_of_it = whole_blocks.get(name, 0.0), 0.0
@@ -187,7 +190,20 @@ def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:
                 before=target.size,
                 after=choice.parameters,
                 energy=1 - lost / all_of_it if all_of_it else 1.0,
-                loss=lost if counted else 0.0,
+                loss=(lost if counted else 0.0) + _rounding(choice, found),
+                storage=choice.storage,
             )
         )
     return made
+
+
+def _rounding(choice: Choice, found: Decomposed) -> float:
+    """Return the estimated loss of rounding what `choice` is stored as."""
+    part = found.parts.get(choice.target.name)
+    noise = None if part is None else part.noises()
+    if choice.storage == FLOAT or choice.form == "dropped" or noise is None:
+        return 0.0
+    share = choice.rank / choice.units if choice.form in ("narrow", "partial") else 1.0
+    ranked = choice.form in FORMS and noise.low_rank is not None
+    amount = float(noise.low_rank[choice.rank]) if ranked and noise.low_rank is not None else noise.dense
+    return storage.get(choice.storage).noise * amount * share

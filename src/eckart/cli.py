@@ -29,6 +29,7 @@ from .terminal import (
     Precision,
     Remote,
     Sources,
+    Storage,
     failures,
     show,
     work_folder,
@@ -81,6 +82,10 @@ def compress(
     ] = None,
     form: Annotated[
         str | None, typer.Option(help="factored, pivoted, width or mixed; default: the method's.")
+    ] = None,
+    storage: Storage = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="Storage of embeddings and output head; default: the same.")
     ] = None,
     stock: Annotated[
         bool | None,
@@ -135,7 +140,8 @@ def compress(
     """Make a model smaller and say what it cost."""
     given = {
         "model": model, "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
-        "method": method, "form": form, "stock": stock, "depth": depth, "landmarks": landmarks,
+        "method": method, "form": form, "storage": storage, "embeddings": embeddings,
+        "stock": stock, "depth": depth, "landmarks": landmarks,
         "allocation": allocation, "multiple": multiple,
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),
         "foreign_text": tuple(foreign_text or ()),

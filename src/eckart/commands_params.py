@@ -10,10 +10,12 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 
-from . import hub, plugin, render
+from . import hub, render
 from .adapt import sizes
+from .declaration import NAME, EckartConfig
 from .errors import ConfigError
-from .plugin import NAME, EckartConfig, EckartQuantizer
+from .plugin import EckartQuantizer
+from .skeleton import build_skeleton
 from .terminal import AsJson, Remote, failures, show
 
 _NONE = "no such matrices"
@@ -70,7 +72,7 @@ def skeleton(source: str, *, trust_remote_code: bool) -> Any:
     config = EckartQuantizer(declared).update_attn_implementation(config)
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    plugin.build_skeleton(made, declared)
+    build_skeleton(made, declared)
     return made
 
 

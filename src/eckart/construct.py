@@ -7,6 +7,8 @@ from typing import Any
 
 from .errors import ConfigError
 
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
 
 def _suggest(key: str, legal: list[str]) -> str:
     close = difflib.get_close_matches(key, legal, n=1, cutoff=0.5)
@@ -47,3 +49,21 @@ def check_number(
     if above:
         bound = f"above {least:g}"
     raise ConfigError(f"{name} {value!r}: must be {'a whole number' if kind is int else 'a number'} {bound}")
+
+
+def parse_size(size: int | str) -> int:
+    """Return a size in bytes: a number, or a text with B, KB, MB, GB (powers of 10) or KiB, MiB, GiB.
+
+    Raises:
+        ConfigError: it is not a positive size.
+    """
+    text = str(size).strip().upper()
+    number = text.rstrip("KMGIB ")
+    unit = text[len(number) :].strip() or "B"
+    try:
+        value = round(float(number) * _UNITS[unit])
+    except (ValueError, KeyError):
+        value = 0
+    if value <= 0:
+        raise ConfigError(f"size {size!r}: write for example 200MB (10^6 bytes), 1.5GB or 190MiB")
+    return value

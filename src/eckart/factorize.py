@@ -15,20 +15,31 @@ from .dimensions import Dimension
 from .heads import Heads, PairNarrowing, ValueNarrowing, narrow_pairs, narrow_values
 from .linalg import Metric, WeightedSVD, weighted_svd
 from .models import Target
+from .quant import noise
+from .quant.noise import Noise
 from .recipe import Recipe
 from .width import Narrowing
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A decomposed matrix, or the weight that reads a decomposed hidden dimension."""
+    """A decomposed matrix, or the weight that reads a decomposed hidden dimension.
 
-    found: WeightedSVD | Narrowing | ValueNarrowing | PairNarrowing
+    `found` is None for a matrix that keeps its rank, and `noise` where nothing is stored in few bits.
+    """
+
+    found: WeightedSVD | Narrowing | ValueNarrowing | PairNarrowing | None
     unit: float
+    noise: Noise | None = None
 
     def losses(self) -> Tensor:
         """Return the estimated loss per token of every rank, or width, from 0 to all (k + 1,)."""
+        assert self.found is not None
         return self.unit * self.found.tail()
+
+    def noises(self) -> Noise | None:
+        """Return what rounding adds to the loss per token, per unit of a storage's noise, where asked for."""
+        return None if self.noise is None else self.noise.times(self.unit)
 
     @property
     def svd(self) -> WeightedSVD:
@@ -71,7 +82,12 @@ class Decomposed:
 
     def losses(self) -> dict[str, Tensor]:
         """Return the estimated loss of every rank or width, by name."""
-        return {name: part.losses() for name, part in self.parts.items()}
+        return {name: part.losses() for name, part in self.parts.items() if part.found is not None}
+
+    def noises(self) -> dict[str, Noise]:
+        """Return what rounding adds, by name."""
+        found = {name: part.noises() for name, part in self.parts.items()}
+        return {name: noise for name, noise in found.items() if noise is not None}
 
 
 def by_block(model: nn.Module, found: Sequence[Target]) -> list[list[Target]]:
@@ -110,7 +126,8 @@ def factor(
         parts |= factor_block(recipe, model, alone, inside, own_heads, calibrated, short)
         for names in together:
             parts |= factor_basis(recipe, model, [t for t in group if t.name in names], calibrated)
-        calibrated.stats.forget([name for target in group for name in target.modules])
+        if not recipe.stores:  # what is rounded later is rounded in these metrics
+            calibrated.stats.forget([name for target in group for name in target.modules])
         done += len(group)
         progress(done, len(found))
     warnings = [
@@ -179,9 +196,11 @@ def factor_block(
     parts: dict[str, Part] = {}
     for target in group:
         weight, unit = models.weight(model, target), _unit(method, calibrated, target.name)
-        metrics = _metrics(recipe, target, calibrated, shared)
-        if method.low_rank is not None:
-            parts[target.name] = Part(weighted_svd(weight, *metrics), unit)
+        metrics = matrix_metrics(recipe, target, calibrated, shared)
+        svd = weighted_svd(weight, *metrics) if target.form(method.low_rank) is not None else None
+        rounding = _noise(target, weight, metrics, svd) if recipe.stores else None
+        if svd is not None or rounding is not None:
+            parts[target.name] = Part(svd, unit, rounding)
         if target.name in readers:
             dimension = readers[target.name]
             order = width.ORDERS[method.landmarks](weight, *metrics, dimension.units)
@@ -201,7 +220,16 @@ def factor_block(
     return parts
 
 
-def _metrics(
+def _noise(target: Target, weight: Tensor, metrics: tuple[Metric, Metric], svd: WeightedSVD | None) -> Noise:
+    """Return what rounding `target` costs; an embedding table is stored with a row for each token."""
+    inputs, outputs = metrics
+    if target.embedding:
+        flipped = None if svd is None else WeightedSVD(svd.right.T, svd.left.T, svd.spectrum)
+        return noise.of_matrix(weight.T, outputs, inputs, flipped)
+    return noise.of_matrix(weight, inputs, outputs, svd)
+
+
+def matrix_metrics(
     recipe: Recipe, target: Target, calibrated: Calibrated, shared: dict[str, Metric]
 ) -> tuple[Metric, Metric]:
     """Return H and C of one matrix; `shared` holds the H of the inputs seen so far in the block."""

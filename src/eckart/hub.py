@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from . import models, plugin
+from . import models, plugin, stores
+from .declaration import NAME
 from .errors import ConfigError, ModelError, StoreError
-from .plugin import NAME
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int64": "I64"}
@@ -316,7 +316,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 def write(folder: Path, model: Any, tokenizer: Any, max_shard_size: str = "5GB") -> None:
     """Write model, config, generation config and tokenizer into `folder`."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
-    if models.low_rank_modules(model):
+    if models.low_rank_modules(model) or stores.stored(model):
         plugin.guard_file(folder / "config.json")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -176,6 +176,13 @@ class Metric:
             return torch.eye(self.size, dtype=torch.float64)
         return torch.diag(self.moment) if self.moment.ndim == 1 else self.moment
 
+    def part(self, places: Tensor) -> "Metric":
+        """Return the metric of the entries at `places` alone."""
+        if self.moment is None:
+            return Metric(len(places))
+        whole = self.moment[places]
+        return Metric(len(places), whole if whole.ndim == 1 else whole[:, places])
+
     def times(self, matrix: Tensor) -> Tensor:
         """Return `M @ matrix` for `matrix` (size, k)."""
         return _apply(self.moment, matrix)

@@ -1,6 +1,7 @@
 """The structure of a transformers model: what can be treated, found by structure; replace; densify."""
 
 import copy
+import dataclasses
 import difflib
 import fnmatch
 from collections import Counter
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from .embeddings import FactoredEmbedding, FactoredHead, share
 from .errors import ModelError
 from .factors import FactoredLinear, Form, LowRankLinear, NarrowLinear, PartialLinear
+from .quant.stored import StoredEmbedding, StoredHead, StoredLinear
 
 LowRankModule = LowRankLinear | NarrowLinear | PartialLinear | FactoredEmbedding | FactoredHead
 
@@ -29,13 +31,15 @@ class Target:
     """A matrix to treat: its dotted name and its shape (m, n).
 
     An embedding table is the map from one-hot ids (n = vocabulary) to rows (m); `head` names the
-    output head that is tied to it, which is treated along with it.
+    output head that is tied to it, which is treated along with it. What is not `ranked` keeps its rank:
+    only its storage is open.
     """
 
     name: str
     shape: tuple[int, int]
     embedding: bool = False
     head: str | None = None
+    ranked: bool = True
 
     @property
     def size(self) -> int:
@@ -49,6 +53,8 @@ class Target:
 
     def form(self, wanted: Form | None) -> Form | None:
         """Return the form that it can have: a table is factored, whatever the others are."""
+        if not self.ranked:
+            return None
         return "factored" if self.embedding and wanted else wanted
 
 
@@ -114,6 +120,22 @@ def targets(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str
     for name in chosen:
         _refuse_shared(model, name, (table, head))
     return [_target(model, name, head if name == table else None) for name in chosen]
+
+
+def ends(model: nn.Module, found: Sequence[Target], exclude: Sequence[str] = ()) -> list[Target]:
+    """Return the embeddings and the output head where they are plain and not among `found`, not ranked."""
+    table, treated = table_name(model), {name for target in found for name in target.modules}
+    getter = getattr(model, "get_output_embeddings", None)
+    last = getter() if getter else None
+    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
+    head = names[last] if type(last) is nn.Linear else None
+    tied = None if table is None else _tied_head(model, table)
+    wanted = [(table, tied), (None if head == tied else head, None)]
+    return [
+        dataclasses.replace(_target(model, name, other), ranked=False)
+        for name, other in wanted
+        if name is not None and name not in treated and match_one(name, exclude) is None
+    ]
 
 
 def _tied_head(model: nn.Module, table: str) -> str | None:
@@ -298,8 +320,9 @@ def untie(model: Any) -> None:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Return the parameters of `model`, tied ones counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Return the parameters of `model`, tied ones counted once; stored ones by what they stand for."""
+    stored = [m.shape for m in model.modules() if isinstance(m, StoredLinear | StoredEmbedding)]
+    return sum(p.numel() for p in model.parameters()) + sum(rows * columns for rows, columns in stored)
 
 
 def state_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -318,7 +341,8 @@ def flops_per_token(model: nn.Module) -> int:
 
     Attention scores, which depend on the length of the text, and elementwise work are not counted.
     """
-    return sum(2 * module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    linears = (m for m in model.modules() if isinstance(m, nn.Linear | StoredLinear | StoredHead))
+    return sum(2 * linear.in_features * linear.out_features for linear in linears)
 
 
 def hidden_states_entry(model: PreTrainedModel) -> nn.Module:

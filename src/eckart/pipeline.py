@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import revert_weight_conversion
 
 from . import (
     assemble,
-    budget,
     closed,
     dimensions,
     heads,
@@ -30,11 +28,13 @@ from . import (
     selection,
     sharing,
     stock,
+    storing,
     text,
     windows,
 )
-from .budget import Choice
+from .accounting import sizes
 from .calibrate import Calibrated, calibrate
+from .choices import Budget, Choice, fixed_bytes, settle
 from .dimensions import Dimension
 from .errors import ModelError, NotFinite
 from .factorize import Decomposed, factor
@@ -42,7 +42,7 @@ from .heads import Heads
 from .healing import Refined
 from .linalg import check_matrix
 from .models import Target
-from .recipe import Recipe, to_yaml
+from .recipe import FLOAT, Recipe, to_yaml
 from .result import Module, Quality, Result, Sizes
 from .windows import Windows
 
@@ -89,14 +89,17 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
 def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
     found = models.targets(model, recipe.include, recipe.exclude)
     models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
-    return found
+    stored = recipe.embeddings_storage != FLOAT
+    return [*found, *models.ends(model, found, recipe.exclude)] if stored else found
 
 
-def _limit(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> budget.Budget:
+def _limit(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> Budget:
     itemsize = output_dtype(recipe, stored).itemsize
     attentions = dimensions.find(model, found) if _by_heads(recipe) else []
-    fixed = budget.fixed_bytes(model, found, recipe.resolved_method().low_rank, itemsize, attentions)
-    return budget.settle(recipe, found, models.parameter_count(model), fixed, itemsize)
+    fixed = fixed_bytes(
+        model, found, recipe.resolved_method().low_rank, itemsize, attentions, itemised=recipe.stores
+    )
+    return settle(recipe, found, models.parameter_count(model), fixed, itemsize)
 
 
 def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
@@ -171,7 +174,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     with run.stage("factor") as progress:
         parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress, bases)
         run.warnings.extend(lacking)
-    before = _sizes(model, found, output_dtype(recipe, loaded.stored))
+    before = sizes(model, found, output_dtype(recipe, loaded.stored))
     decomposed = Decomposed(parts, narrowable, attentions, blocks, bases)
     return Prepared(loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run)
 
@@ -224,9 +227,11 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     dtype, texts = output_dtype(recipe, loaded.stored), prepared.texts
     anchored = recipe.resolved_method().target == "anchored"
     original = copy.deepcopy(loaded.model) if recipe.heal is not None or anchored else None
-    model, found, modules = _made(recipe, prepared)
+    model, found, modules, kept = _made(recipe, prepared)
     if anchored:
         _anchor(recipe, prepared, model, original)
+    if recipe.stores:
+        _store(recipe, prepared, model, kept)
     one_shot, foreign = None, None
     healing: tuple[Refined, ...] = ()
     if recipe.heal is not None:
@@ -235,7 +240,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         healing = _healed(recipe, prepared, model, original, ward)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     computed = model.dtype
-    after = _sizes(models.cast(model, dtype), found, dtype)
+    after = sizes(models.cast(model, dtype), found, dtype)
     _check_fits(model, dtype)
     compressed = _measure(run, "measure compressed", models.cast(model, computed), texts.held_out)
     elsewhere = _measure(run, "measure compressed", model, texts.foreign)
@@ -265,7 +270,11 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     )
 
 
-def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module]]:
+Kept = list[tuple[Choice, str]]
+"""Each choice that is in the model, with the name that its matrix has there."""
+
+
+def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept]:
     """Choose, and put the modules into the model; return it, its targets and what became of them."""
     run, found, model = prepared.run, prepared.found, prepared.loaded.model
     dtype = output_dtype(recipe, prepared.loaded.stored)
@@ -284,7 +293,18 @@ def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[M
     elif dropped:
         model = rebuild.without_blocks(model, dropped)
     plugin.mark(model)
-    return model, rebuild.moved(found, prepared.loaded.model, dropped), modules
+    left = rebuild.moved(found, prepared.loaded.model, dropped)
+    names = [target.name for target in left]
+    kept = zip([choice for choice in choices if choice.form != "dropped"], names, strict=True)
+    return model, left, modules, list(kept)
+
+
+def _store(recipe: Recipe, prepared: Prepared, model: Any, kept: Kept) -> None:
+    """Round what is to be stored in few bits."""
+    with prepared.run.stage("round") as progress:
+        calibrated, rows = prepared.calibrated, prepared.texts.calibration
+        storing.store(recipe, model, kept, prepared.decomposed, calibrated, rows, progress)
+    plugin.mark(model)
 
 
 def _anchor(recipe: Recipe, prepared: Prepared, model: Any, original: Any) -> None:
@@ -356,29 +376,6 @@ def _calibrated(
         generator=torch.Generator().manual_seed(recipe.seed),
         watch=progress,
     )
-
-
-def _sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:
-    owners = [model.get_submodule(name) for target in found for name in target.modules]
-    tables = [model.get_submodule(target.name) for target in found]
-    # A shared right factor is stored once.
-    weights = {id(w): w for table in tables for n, w in table.named_parameters() if not n.endswith("bias")}
-    indices = sum(buffer.numel() * buffer.element_size() for table in tables for buffer in table.buffers())
-    linears = sum(weight.numel() for weight in weights.values())
-    return Sizes(
-        linears=linears,
-        model=models.parameter_count(model),
-        linear_flops=sum(models.flops_per_token(module) for module in owners),
-        model_flops=models.flops_per_token(model),
-        linear_bytes=linears * dtype.itemsize + indices,
-        bytes=hub.accounted_bytes(_written(model), dtype),
-    )
-
-
-def _written(model: Any) -> dict[str, Tensor]:
-    # Some architectures are stored under other names than they have in memory.
-    tensors: dict[str, Tensor] = revert_weight_conversion(model, models.state_tensors(model))
-    return tensors | plugin.guard_tensors(model)
 
 
 def load_for(recipe: Recipe) -> hub.Loaded:

@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from . import measure, models, plugin
+from . import declaration, measure, models
 from .errors import ModelError
 from .models import Target
 
@@ -146,10 +146,10 @@ def without_blocks(model: Any, dropped: Sequence[str]) -> Any:
     if models.low_rank_modules(model):
         blocks = names_without(model, dropped)
         modules = {
-            renamed(name, blocks, dropped): spec for name, spec in plugin.declare(model).modules.items()
+            renamed(name, blocks, dropped): spec for name, spec in declaration.declare(model).modules.items()
         }
         kept = {name: spec for name, spec in modules.items() if name is not None}
-        config.quantization_config = plugin.EckartConfig(kept).to_dict()
+        config.quantization_config = declaration.EckartConfig(kept).to_dict()
     return build(model, config, dropped)
 
 

@@ -8,16 +8,18 @@ from typing import Any, Literal
 import yaml
 
 from . import healing, methods
-from .construct import construct
+from .construct import construct, parse_size
 from .errors import ConfigError
 from .healing import Healing
 from .methods import ALLOCATIONS, SHAPES, Allocation, Method, Shape
+from .quant.storage import STORAGES
 from .ranks import Energy, Fixed, Keep
 from .width import LANDMARKS, Landmarks
 
 Of = Literal["model", "linears"]
 Labels = Literal["text", "sampled"]
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+AUTO, FLOAT = "auto", "float"
+"""Storages that are none: chosen per matrix, and the output dtype."""
 _STOCK_MULTIPLE = 32
 _BUDGETS = ("keep", "size", "rank", "energy")
 _LISTS = ("text", "eval_text", "foreign_text", "include", "exclude", "overrides")
@@ -29,6 +31,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "allocation": ALLOCATIONS,
     "method": tuple(methods.METHODS),
     "dtype": ("float32", "bfloat16", "float16"),
+    "storage": (AUTO, FLOAT, *STORAGES),
+    "embeddings": (AUTO, FLOAT, *STORAGES),
 }
 _SWITCHES = ("stock", "depth", "bos", "trust_remote_code")
 _NUMBERS = ("keep", "energy", "damp", "alpha")
@@ -119,6 +123,10 @@ class Recipe:
         eval_tokens: tokens to measure perplexity on, before and after.
         bos: begin each window with the tokenizer's begin-of-text token.
         dtype: of the output; default: as stored at the source (a GGUF: bfloat16).
+        storage: of the treated matrices, `float` (the dtype), one of eckart.quant.storage.STORAGES, or
+            `auto`: chosen per matrix together with its rank. Default: auto where a size is given and the
+            allocation is by curvature, else float.
+        embeddings: storage of the embeddings and of the output head; default: the same.
         device: default: cuda, mps or cpu, the first that is there.
         trust_remote_code: run the code that a model brings along.
 
@@ -157,6 +165,8 @@ class Recipe:
     eval_tokens: int = 12_288
     bos: bool = False
     dtype: str | None = None
+    storage: str | None = None
+    embeddings: str | None = None
     device: str | None = None
     trust_remote_code: bool = False
 
@@ -179,6 +189,7 @@ class Recipe:
         self.size_bytes()
         self.check_budget()
         self.check_method()
+        self.check_storage()
 
     def check_budget(self) -> None:
         """Raise ConfigError unless exactly one budget is given and it is legal."""
@@ -218,6 +229,44 @@ class Recipe:
                 "has none: use method eckart or io-svd"
             )
 
+    def check_storage(self) -> None:
+        """Raise ConfigError if storage and the rest do not fit."""
+        method, given = self.resolved_method(), (self.storage, self.embeddings)
+        if AUTO in given and (self.size is None or method.allocation != "curvature"):
+            raise ConfigError(
+                "storage 'auto' spends bytes where the curvature says: give a size, and method eckart or "
+                f"io-svd; or name a storage: {', '.join(STORAGES)}"
+            )
+        if not self.stores:
+            return
+        if self.stock:
+            raise ConfigError(f"stock needs no eckart to load, and storage {given[0] or given[1]!r} does")
+        if method.form == "shared":
+            raise ConfigError("form 'shared' is stored in the output dtype only: leave out storage")
+        if self.size is not None and method.allocation != "curvature":
+            raise ConfigError(
+                "a size is shared out over ranks and bits by curvature: use method eckart or io-svd, or "
+                "give keep with the storage"
+            )
+
+    @property
+    def matrices_storage(self) -> str:
+        """The storage of the treated matrices, with the default put in."""
+        if self.storage is not None:
+            return self.storage
+        by_curvature = self.resolved_method().allocation == "curvature" and not self.stock
+        return AUTO if self.size is not None and by_curvature else FLOAT
+
+    @property
+    def embeddings_storage(self) -> str:
+        """The storage of embeddings and head, with the default put in."""
+        return self.embeddings or self.matrices_storage
+
+    @property
+    def stores(self) -> bool:
+        """Tell whether anything is to be stored in few bits."""
+        return (self.matrices_storage, self.embeddings_storage) != (FLOAT, FLOAT)
+
     def check_text(self) -> None:
         """Raise ConfigError if the method looks at data and there is none: a run needs it, no plan does."""
         if self.heal is not None and not (self.heal.text or self.text):
@@ -250,24 +299,6 @@ class Recipe:
     def step(self) -> int:
         """Return what ranks and widths are multiples of."""
         return self.multiple or (_STOCK_MULTIPLE if self.stock else 1)
-
-
-def parse_size(size: int | str) -> int:
-    """Return a size in bytes: a number, or a text with B, KB, MB, GB (powers of 10) or KiB, MiB, GiB.
-
-    Raises:
-        ConfigError: it is not a positive size.
-    """
-    text = str(size).strip().upper()
-    number = text.rstrip("KMGIB ")
-    unit = text[len(number) :].strip() or "B"
-    try:
-        value = round(float(number) * _UNITS[unit])
-    except (ValueError, KeyError):
-        value = 0
-    if value <= 0:
-        raise ConfigError(f"size {size!r}: write for example 200MB (10^6 bytes), 1.5GB or 190MiB")
-    return value
 
 
 def from_mapping(values: Mapping[str, Any], where: str = "recipe") -> Recipe:

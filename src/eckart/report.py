@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from . import environment, report_healing
-from .budget import Choice
+from .choices import Choice
 from .hub import MB
 from .measure import Comparison, Perplexity
 from .pipeline import Plan
@@ -194,18 +194,20 @@ def plan_table(plan: Plan) -> RenderableType:
             choice.target.name,
             f"{choice.target.shape[0]} x {choice.target.shape[1]}",
             "?" if unknown else _becomes(choice),
+            choice.storage,
             f"{choice.target.size:,}",
             "?" if unknown else f"{choice.parameters:,}",
         )
         for choice in plan.choices
     ]
-    before = sum(choice.target.size for choice in plan.choices)
-    after = sum(choice.parameters for choice in plan.choices)
+    ranked = [choice for choice in plan.choices if choice.target.ranked]
+    before = sum(choice.target.size for choice in ranked)
+    after = sum(choice.parameters for choice in ranked)
     whole = plan.model_parameters
     rest = whole - before
-    rows.append((f"{len(plan.choices)} linears", "", "", f"{before:,}", "?" if unknown else f"{after:,}"))
-    rows.append(("model", "", "", f"{whole:,}", "?" if unknown else f"{rest + after:,}"))
-    return table(title, ("module", "shape", "rank or width", "before", "after"), rows)
+    rows.append((f"{len(ranked)} linears", "", "", "", f"{before:,}", "?" if unknown else f"{after:,}"))
+    rows.append(("model", "", "", "", f"{whole:,}", "?" if unknown else f"{rest + after:,}"))
+    return table(title, ("module", "shape", "rank or width", "storage", "before", "after"), rows)
 
 
 def _becomes(choice: Choice) -> str:
@@ -225,6 +227,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
                 "shape": list(choice.target.shape),
                 "form": choice.form,
                 "rank": choice.rank,
+                "storage": choice.storage,
                 "before": choice.target.size,
                 "after": choice.parameters,
             }
@@ -261,7 +264,7 @@ def model_card(result: Result, folder: str) -> str:
     rows = [*size_rows(result), *quality_rows(result)]
     smallest = sorted(result.modules, key=lambda module: module.after / module.before)[:_MODULES_SHOWN]
     modules = [
-        (m.name, f"{m.shape[0]} x {m.shape[1]}", m.form, str(m.rank), _share(m.after, m.before))
+        (m.name, f"{m.shape[0]} x {m.shape[1]}", m.form, str(m.rank), m.storage, _share(m.after, m.before))
         for m in smallest
     ]
     notes = "\n".join(f"- {remark}" for remark in remarks(result))
@@ -277,7 +280,7 @@ Notes:
 Not measured: anything but perplexity on one text. The licence and terms of the base model apply.
 
 ## Matrices that gave most
-{markdown_table(("module", "shape", "form", "rank", "share"), modules)}
+{markdown_table(("module", "shape", "form", "rank", "storage", "share"), modules)}
 
 The full list is in `eckart.json`. To repeat it: `eckart compress MODEL --recipe recipe.yaml --out DIR`, where
 the recipe names its files as they were given then:

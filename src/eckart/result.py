@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One treated matrix: its parameters, the energy kept in its metric, the estimated loss per token."""
+    """One treated matrix: its parameters, the energy kept in its metric, the estimated loss per token.
+
+    `storage` is `float` where it is stored in the output dtype.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -24,6 +27,7 @@ class Module:
     after: int
     energy: float
     loss: float
+    storage: str = "float"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from . import assemble, budget, dimensions, measure, models, rebuild, stock
-from .budget import Choice
+from .choices import Budget, Choice
 from .dimensions import Dimension
 from .errors import RankError
 from .factorize import Decomposed
+from .menus import Estimates
 from .models import Target
 from .recipe import Recipe
 
@@ -24,7 +25,7 @@ The first and the last take one form alone.
 
 def unseen(
     recipe: Recipe,
-    limit: budget.Budget,
+    limit: Budget,
     model: nn.Module,
     found: Sequence[Target],
     suspected: Sequence[Dimension],
@@ -47,7 +48,7 @@ def unseen(
     # Widths and blocks can go below what the same share of everything reaches.
     nothing = {target.name: torch.zeros(min(target.shape) + 1) for target in found}
     nothing |= {dimension.name: torch.zeros(dimension.units + 1) for dimension in suspected}
-    return budget.choose(recipe, limit, found, suspected, nothing, blocks=blocks)
+    return budget.choose(recipe, limit, found, suspected, Estimates(nothing), blocks=blocks)
 
 
 def dropped(decomposed: Decomposed, choices: Sequence[Choice]) -> list[str]:
@@ -59,7 +60,7 @@ def dropped(decomposed: Decomposed, choices: Sequence[Choice]) -> list[str]:
 
 def choose(
     recipe: Recipe,
-    limit: budget.Budget,
+    limit: Budget,
     model: Any,
     targets: Sequence[Target],
     found: Decomposed,
@@ -75,13 +76,13 @@ def choose(
     Raises:
         RankError: the budget cannot be reached.
     """
-    losses = found.losses()
+    estimates = Estimates(found.losses(), found.noises())
     if recipe.stock:
-        return stock.choose(recipe, limit, model, targets, found.dimensions, losses, found.blocks)
+        return stock.choose(recipe, limit, model, targets, found.dimensions, estimates.losses, found.blocks)
 
     def at(rate: float) -> list[Choice]:
         return budget.choose(
-            recipe, limit, targets, found.dimensions, losses,
+            recipe, limit, targets, found.dimensions, estimates,
             heads=found.heads, exchange=rate, blocks=found.blocks, bases=found.bases,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from . import models, rebuild
-from .budget import Budget, Choice, dense, narrow
+from .choices import Budget, Choice, dense, narrow
 from .dimensions import Dimension, Kind
 from .errors import ModelError
 from .models import Target
@@ -44,8 +44,8 @@ def choose(
     for candidates in _candidates(recipe, dimensions, groups, blocks or {}):
         for widths, dropped in candidates:
             choices = _choices(targets, dimensions, widths, dropped)
-            used = sum(choice.parameters for choice in choices)
-            if budget.parameters is None or used <= budget.parameters:
+            used = budget.spent(choices)
+            if budget.limit is None or used <= budget.limit:
                 loss = _loss(dimensions, widths, dropped, losses or {}, blocks or {})
                 best = (loss, choices) if best is None or loss < best[0] else best
                 break

@@ -44,6 +44,13 @@ Checkpointing = Annotated[
 Precision = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or auto: bfloat16 where the device is fast in it.")
 ]
+Storage = Annotated[
+    str | None,
+    typer.Option(
+        help="float, int8, llm.int8, nf4, nf4-dq, fp4, fp4-dq, int4, int3, int2, or auto: by matrix, with "
+        "its rank. Default: auto with --size, else float."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

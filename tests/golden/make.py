@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 import eckart
-from eckart import assemble, dimensions, factors, models, plugin
+from eckart import assemble, declaration, dimensions, embeddings, factors, linalg, models, plugin, storing
 from eckart.linalg import truncated_svd
+from eckart.quant.storage import STORAGES
 
 from .. import tiny
 
 
 def main() -> None:
-    folder = Path(__file__).parent / f"format-{plugin.FORMAT}"
+    folder = Path(__file__).parent / f"format-{declaration.FORMAT}"
     model = tiny.build("llama-bias-untied")
     found = models.targets(model)
     mlp = next(d for d in dimensions.find(model, found) if d.kind == "mlp" and ".1." in d.name)
@@ -44,6 +45,12 @@ def main() -> None:
     pair = [factors.FactoredLinear(32, 32, 8, bias=True) for _ in names]
     pair[1].down = pair[0].down
     assemble.put(model, dict(zip(names, pair, strict=True)))
+    for place, (name, small) in enumerate(models.low_rank_modules(model).items()):
+        if name not in names and not isinstance(small, embeddings.FactoredEmbedding):
+            metrics = linalg.Metric(small.in_features), linalg.Metric(small.out_features)
+            storing.round_module(model, name, list(STORAGES)[place % len(STORAGES)], *metrics)
+    for end, kind in (("model.embed_tokens", "nf4-dq"), ("lm_head", "int3")):
+        storing.round_module(model, end, kind, linalg.Metric(32), linalg.Metric(97))
     plugin.mark(model)
     eckart.save(models.cast(model, torch.bfloat16), None, folder)
     (folder / "expected").mkdir()

@@ -13,6 +13,7 @@ from transformers.utils.hub import cached_file
 
 from .. import hub, models, plugin
 from ..errors import ModelError, StoreError
+from ..skeleton import read_shapes
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
@@ -101,7 +102,7 @@ def _files(source: str) -> dict[str, Path]:
     """Return the file of every tensor, None of them opened yet where an index says it."""
     one = _found(source, _ONE)
     if one is not None:
-        return dict.fromkeys(plugin.read_shapes(one), one)
+        return dict.fromkeys(read_shapes(one), one)
     index = _found(source, _INDEX)
     if index is None:
         kind = "weights as a pickle alone, which is not read" if _has_pickle(source) else f"no {_ONE}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import hub
-from ..recipe import parse_size
+from ..construct import parse_size
 from ..report_healing import known
 from . import cards, store
 from . import extract as extraction

@@ -1,0 +1,139 @@
+"""What config.json says of a model that eckart changed: the modules, and how they are stored."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers.quantizers import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import models, stores
+from .embeddings import FactoredEmbedding, FactoredHead
+from .errors import StoreError
+from .factors import FORMS, FactoredLinear, NarrowLinear, PartialLinear
+from .quant.storage import STORAGES
+from .quant.stored import StoredHead, StoredLinear
+
+NAME = "eckart"
+FORMAT = 4
+READS = (1, 2, 3, 4)
+KINDS = (*FORMS, FactoredEmbedding.kind, FactoredHead.kind)
+_LEGAL_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+
+
+@register_quantization_config(NAME)
+class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What config.json says of a low-rank model.
+
+    Args:
+        modules: dotted name -> {"kind": k, "rank": r}, where k is factored or pivoted for an
+            nn.Linear (a factored one may say "basis": the name of another whose right factor it shares),
+            embedding for an nn.Embedding, head for an nn.Linear that is tied to it; or
+            {"kind": "narrow", "shape": [m, n], "copies": c} for an nn.Linear that lost rows or
+            columns (eckart.factors.NarrowLinear); or {"kind": "partial", "kept": k, "side": s} for one
+            that stores some of its rows or columns (eckart.factors.PartialLinear).
+        storage: dotted name of an nn.Linear or nn.Embedding, or of one inside of the modules above -> the
+            name of its storage (eckart.quant.storage.STORAGES); or {"table": t} for an output head
+            that is tied to the stored embeddings t.
+        format: version of this declaration and of the tensors' names.
+
+    Raises:
+        StoreError: a newer format, an illegal name, an unknown kind, rank or storage.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Any]],
+        storage: Mapping[str, Any] | None = None,
+        format: int = FORMAT,
+        quant_method: str = NAME,
+    ) -> None:
+        if format not in READS:
+            raise StoreError(
+                f"the folder has format {format}, this eckart reads formats {READS[0]} to {FORMAT}: "
+                "install a newer eckart"
+            )
+        self.quant_method = quant_method
+        self.format = format
+        self.modules = {name: dict(spec) for name, spec in modules.items()}
+        for name, spec in self.modules.items():
+            _check_declaration(name, spec)
+        self.storage = dict(storage or {})
+        for name, stored in self.storage.items():
+            _check_storage(name, stored)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Build it from the JSON of config.json, refusing keys of which it knows nothing."""
+        unknown = set(config_dict) - {"modules", "storage", "format", "quant_method"}
+        if unknown or "modules" not in config_dict:
+            raise StoreError(
+                f"quantization_config of config.json: unknown keys {sorted(unknown)}, or no 'modules'"
+            )
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
+    if not _LEGAL_NAME.fullmatch(name):
+        raise StoreError(f"config.json declares a module {name!r}: not a dotted module name")
+    if spec.get("kind") == NarrowLinear.kind:
+        shape = spec.get("shape")
+        pair = shape if isinstance(shape, list | tuple) and len(shape) == 2 else [None]
+        numbers, wanted = [*pair, spec.get("copies")], {"kind", "shape", "copies"}
+    elif spec.get("kind") == PartialLinear.kind:
+        numbers, wanted = [spec.get("kept")], {"kind", "kept", "side"}
+    else:
+        numbers, wanted = [spec.get("rank")], {"kind", "rank"}
+        if spec.get("kind") == FactoredLinear.kind and "basis" in spec:
+            wanted = {"kind", "rank", "basis"}
+    legal = spec.get("kind") in (*KINDS, NarrowLinear.kind, PartialLinear.kind) and set(spec) == wanted
+    legal = legal and isinstance(spec.get("basis", ""), str)
+    legal = legal and spec.get("side", "rows") in ("rows", "columns")
+    if not legal or not all(isinstance(number, int) and number >= 1 for number in numbers):
+        raise StoreError(
+            f"config.json declares {name} as {dict(spec)}: legal is a kind of {', '.join(KINDS)} and a rank "
+            "of at least 1; the kind narrow, a shape [m, n] and copies; or the kind partial, kept and a "
+            "side of rows or columns"
+        )
+
+
+def _check_storage(name: str, stored: object) -> None:
+    if not _LEGAL_NAME.fullmatch(name):
+        raise StoreError(f"config.json declares a stored module {name!r}: not a dotted module name")
+    if isinstance(stored, Mapping) and set(stored) == {"table"} and isinstance(stored["table"], str):
+        return
+    if not isinstance(stored, str) or stored not in STORAGES:
+        raise StoreError(
+            f"config.json declares {name} as stored in {stored!r}: legal are {', '.join(STORAGES)}, or the "
+            "table that an output head is tied to; a newer eckart may know it"
+        )
+
+
+def declare(model: nn.Module) -> EckartConfig:
+    """Return the declaration of the low-rank and stored modules that `model` has."""
+    modules = {name: _spec(module) for name, module in models.low_rank_modules(model).items()}
+    for name, first in models.bases(model).items():
+        modules[name]["basis"] = first
+    parts = stores.stored(model)
+    for name, part in parts.items():
+        if isinstance(part, StoredLinear) and part.narrow is not None:
+            shape = [part.out_features, part.in_features]
+            modules[name] = {"kind": NarrowLinear.kind, "shape": shape, "copies": part.narrow[1]}
+    return EckartConfig(modules, {name: _stored(model, part) for name, part in parts.items()})
+
+
+def _stored(model: nn.Module, module: stores.StoredModule) -> str | dict[str, str]:
+    if not isinstance(module, StoredHead):
+        return module.storage.name
+    names: dict[nn.Module, str] = {part: name for name, part in model.named_modules()}
+    return {"table": names[module.table]}
+
+
+def _spec(module: models.LowRankModule) -> dict[str, Any]:
+    if isinstance(module, NarrowLinear):
+        return {"kind": module.kind, "shape": list(module.weight.shape), "copies": module.copies}
+    if isinstance(module, PartialLinear):
+        return {"kind": module.kind, "kept": module.kept, "side": module.side}
+    return {"kind": module.kind, "rank": module.rank}

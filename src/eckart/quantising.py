@@ -1,0 +1,153 @@
+"""Store a model that is there already, dense or compressed, in few bits: ranks and widths stay."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import hub, measure, memory, models, plugin, storing, windows
+from .accounting import sizes
+from .calibrate import Calibrated, calibrate
+from .embeddings import FactoredEmbedding, FactoredHead
+from .errors import ConfigError, ModelError
+from .factorize import matrix_metrics
+from .linalg import Metric
+from .models import LowRankModule, Target
+from .recipe import AUTO, FLOAT, Recipe
+from .result import Module, Quality, Result
+from .stores import stored
+
+Watch = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A module to store: its name, the storage, and whether it is an embedding table (with its tied head)."""
+
+    target: Target
+    storage: str
+    form: str
+    rank: int
+
+
+def holdings(model: nn.Module, recipe: Recipe) -> list[Held]:
+    """Return what `recipe` stores of `model`: the low-rank modules and nn.Linear of the blocks, and the ends.
+
+    Raises:
+        ModelError: the model is stored in few bits already, or its embeddings are factored.
+    """
+    if stored(model):
+        raise ModelError(
+            "the model is stored in few bits already: eckart.densify it first, or take its source"
+        )
+    blocks = models.block_names(model)
+    found: list[Held] = []
+    for name, module in model.named_modules():
+        inside = any(models.owner(name, [held.target.name]) for held in found[-1:])
+        treated = isinstance(module, LowRankModule) or type(module) is nn.Linear
+        if models.owner(name, blocks) and treated and not inside:
+            assert not isinstance(module, FactoredEmbedding | FactoredHead)
+            rank = getattr(module, "rank", min(module.out_features, module.in_features))
+            target = Target(name, (module.out_features, module.in_features))
+            skipped = models.match_one(name, recipe.exclude) is not None
+            kind = FLOAT if skipped else recipe.matrices_storage
+            found.append(Held(target, kind, str(getattr(module, "kind", "dense")), int(rank)))
+    if recipe.embeddings_storage == FLOAT:
+        return found
+    if any(isinstance(module, FactoredEmbedding) for module in model.modules()):
+        raise ModelError("the embeddings are factored, and such are kept in float: give embeddings float")
+    ends = models.ends(model, [held.target for held in found], recipe.exclude)
+    return [*found, *(Held(end, recipe.embeddings_storage, "dense", min(end.shape)) for end in ends)]
+
+
+def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> tuple[Any, Result]:
+    """Store the model in place, in the metric of the recipe's method on its text, and measure it.
+
+    Raises:
+        ConfigError: no storage, or text is missing.
+        ModelError: as `holdings`.
+        NotFinite: a weight, a statistic or a logit is NaN or infinite.
+    """
+    show: Watch = watch or (lambda stage, done, total: None)
+    _check(recipe)
+    model, warnings, clock = loaded.model, list[str](), time.perf_counter()
+    found = holdings(model, recipe)
+    targets = [held.target for held in found]
+    texts = windows.read(recipe, loaded.tokenizer, warnings)
+    dtype = hub.dtype(recipe.dtype) if recipe.dtype else loaded.stored
+    before = sizes(model, targets, dtype)
+
+    def measured(stage: str) -> list[measure.Perplexity | None]:
+        return [
+            None if rows is None else measure.perplexity(model, rows, lambda at, of: show(stage, at, of))
+            for rows in (texts.held_out, texts.foreign)
+        ]
+
+    dense = measured("measure before")
+    calibrated = _calibrated(recipe, model, found, texts.calibration, show)
+    for done, held in enumerate(found, 1):
+        if held.storage != FLOAT:
+            inputs, outputs = _metrics(recipe, calibrated, held.target)
+            storing.round_module(model, held.target.name, held.storage, inputs, outputs)
+        show("round", done, len(found))
+    plugin.mark(model)
+    computed = model.dtype
+    after = sizes(models.cast(model, dtype), targets, dtype)
+    models.cast(model, computed)
+    now = measured("measure after")
+    models.cast(model, dtype)
+    return model, Result(
+        recipe=recipe,
+        source=loaded.source,
+        architecture=type(model).__name__,
+        dtype=str(dtype).removeprefix("torch."),
+        modules=[_row(held) for held in found],
+        before=before,
+        after=after,
+        source_bytes=loaded.bytes,
+        dense=dense[0],
+        compressed=now[0],
+        held_out=texts.own_text,
+        predicted_increase=None,
+        calibration_tokens=calibrated.tokens,
+        gradient_tokens=calibrated.gradient_tokens,
+        seconds={"all": time.perf_counter() - clock},
+        peak_memory=memory.peak_bytes(model.device),
+        warnings=warnings,
+        foreign=Quality.of(dense[1], None, now[1]),
+    )
+
+
+def _check(recipe: Recipe) -> None:
+    if AUTO in (recipe.matrices_storage, recipe.embeddings_storage) or not recipe.stores:
+        raise ConfigError("name a storage for the matrices or the embeddings: here ranks stay as they are")
+    recipe.check_text()
+
+
+def _row(held: Held) -> Module:
+    size = held.target.size
+    return Module(
+        held.target.name, held.target.shape, held.form, held.rank, size, size, 1.0, 0.0, held.storage
+    )
+
+
+def _calibrated(
+    recipe: Recipe, model: Any, found: Sequence[Held], rows: torch.Tensor | None, show: Watch
+) -> Calibrated:
+    statistics = recipe.resolved_method().statistics()
+    if rows is None or not statistics:
+        rows = torch.zeros(0, 2, dtype=torch.int64)
+    return calibrate(
+        model, rows, [name for held in found for name in held.target.modules], statistics,
+        gradient_windows=max(1, recipe.gradient_tokens // rows.shape[1]), labels=recipe.labels,
+        generator=torch.Generator().manual_seed(recipe.seed),
+        watch=lambda done, total: show("calibrate", done, total),
+    )  # fmt: skip
+
+
+def _metrics(recipe: Recipe, calibrated: Calibrated, target: Target) -> tuple[Metric, Metric]:
+    inputs, outputs = matrix_metrics(recipe, target, calibrated, {})
+    return (outputs, inputs) if target.embedding else (inputs, outputs)

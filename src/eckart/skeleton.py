@@ -1,0 +1,158 @@
+"""The modules that config.json declares, empty, and whether the weight files fit them."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from . import models, stores
+from .declaration import EckartConfig
+from .embeddings import FactoredEmbedding, FactoredHead
+from .errors import StoreError
+from .factors import FORMS, MODULES, FactoredLinear, NarrowLinear, PartialLinear
+from .quant import storage
+from .quant.stored import StoredEmbedding, empty
+
+
+def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
+    """Put empty low-rank and stored modules into `model` where `config` declares them.
+
+    Raises:
+        StoreError: a declared name is not an nn.Linear of the model, or a rank does not fit it.
+    """
+    modules: dict[str, Any] = dict(model.named_modules())
+    for name, spec in config.modules.items():
+        kind: type[nn.Module] = nn.Embedding if spec["kind"] == FactoredEmbedding.kind else nn.Linear
+        if type(modules.get(name)) is not kind:
+            raise StoreError(
+                f"config.json declares {name}, which is no nn.{kind.__name__} of {type(model).__name__}"
+            )
+        dense = modules[name]
+        with torch.device("meta"):
+            module = _MAKERS.get(spec["kind"], _low_rank)(name, dense, spec)
+        models.replace(model, name, module.to(dense.weight.dtype))
+    for name, spec in config.modules.items():
+        if "basis" in spec:
+            _share_basis(model, name, spec["basis"])
+    models.tie(model)
+    for name, stored in config.storage.items():
+        if isinstance(stored, str):
+            _store(model, name, stored)
+    for name, stored in config.storage.items():
+        if not isinstance(stored, str):
+            _store_head(model, name, stored["table"])
+
+
+def _store(model: nn.Module, name: str, stored: str) -> None:
+    """Put an empty stored module where the plain one called `name` is."""
+    plain = dict(model.named_modules()).get(name)
+    if type(plain) not in (nn.Linear, NarrowLinear, nn.Embedding):
+        raise StoreError(
+            f"config.json declares {name} as stored, which is no nn.Linear or nn.Embedding of "
+            f"{type(model).__name__}"
+        )
+    assert isinstance(plain, nn.Linear | nn.Embedding)
+    with torch.device("meta"):
+        models.replace(model, name, empty(plain, storage.get(stored)))
+
+
+def _store_head(model: Any, name: str, table: str) -> None:
+    """Put the head that reads the stored embeddings `table` where the head called `name` is."""
+    modules = dict(model.named_modules())
+    head, owner = modules.get(name), modules.get(table)
+    if type(head) is not nn.Linear or not isinstance(owner, StoredEmbedding):
+        raise StoreError(
+            f"config.json declares {name} as the head of the stored table {table}, and they are a "
+            f"{type(head).__name__} and a {type(owner).__name__}: the folder is damaged or mixed"
+        )
+    stores.store_head(model, name, owner)
+
+
+def _share_basis(model: nn.Module, name: str, first: str) -> None:
+    own, other = model.get_submodule(name), dict(model.named_modules()).get(first)
+    if not (
+        isinstance(own, FactoredLinear)
+        and isinstance(other, FactoredLinear)
+        and own.down.weight.shape == other.down.weight.shape
+    ):
+        raise StoreError(f"config.json declares that {name} has the basis of {first}, which does not fit")
+    own.down = other.down
+
+
+def _low_rank(name: str, dense: Any, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the low-rank module that `spec` declares for `dense`, uninitialised."""
+    rank: int = spec["rank"]
+    if rank > min(dense.weight.shape):
+        shape = " x ".join(map(str, dense.weight.shape))
+        raise StoreError(f"config.json declares rank {rank} for {name}, which is {shape}")
+    if isinstance(dense, nn.Embedding):
+        return FactoredEmbedding(dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
+    makers: dict[str, type[Any]] = {"head": FactoredHead, **{form: MODULES[form] for form in FORMS}}
+    module: nn.Module = makers[spec["kind"]](
+        dense.in_features, dense.out_features, rank, dense.bias is not None
+    )
+    return module
+
+
+def _narrow(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the narrow linear that `spec` declares for `dense`, uninitialised."""
+    (outputs, inputs), whole = spec["shape"], (dense.out_features, dense.in_features)
+    if outputs > whole[0] or inputs > whole[1] or any(size % spec["copies"] for size in (outputs, whole[0])):
+        raise StoreError(
+            f"config.json declares {name} as {outputs} x {inputs} in {spec['copies']} copies, and it is "
+            f"{whole[0]} x {whole[1]}: the folder is damaged or mixed"
+        )
+    return NarrowLinear(inputs, outputs, dense.bias is not None, whole=whole, copies=spec["copies"])
+
+
+def _partial(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the linear with some rows or columns that `spec` declares for `dense`, uninitialised."""
+    whole = dense.out_features if spec["side"] == "rows" else dense.in_features
+    if spec["kept"] > whole:
+        raise StoreError(
+            f"config.json declares {spec['kept']} {spec['side']} of {name}, which has {whole}: "
+            "the folder is damaged or mixed"
+        )
+    sizes = dense.in_features, dense.out_features
+    return PartialLinear(*sizes, spec["kept"], spec["side"], dense.bias is not None)
+
+
+_MAKERS: dict[str, Callable[[str, Any, Mapping[str, Any]], nn.Module]] = {
+    NarrowLinear.kind: _narrow,
+    PartialLinear.kind: _partial,
+}
+
+
+def check_files(model: nn.Module, files: list[Path]) -> None:
+    """Compare the shapes in the safetensors headers with the skeleton, before anything is allocated.
+
+    Raises:
+        StoreError: a low-rank module's tensor is missing or has another shape, a file lies outside
+            the folder, or a file is unreadable.
+    """
+    if len({file.parent for file in files}) > 1 or any(".." in file.parts for file in files):
+        raise StoreError(f"the weight files lie in several folders: {', '.join(map(str, files))}")
+    held: dict[str, list[int]] = {}
+    for file in files:
+        held |= read_shapes(file)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    for name, module in {**models.low_rank_modules(model), **stores.stored(model)}.items():
+        for key, tensor in module.state_dict().items():
+            shape = held.get(f"{name}.{key}")
+            if f"{name}.{key}" not in tied and shape != list(tensor.shape):
+                raise StoreError(
+                    f"{name}.{key} should have shape {list(tensor.shape)} by config.json and has "
+                    f"{shape or 'no tensor'} in the weight files: the folder is damaged or mixed"
+                )
+
+
+def read_shapes(file: Path) -> dict[str, list[int]]:
+    """Return name -> shape from the header of a safetensors file."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{file} is not a readable safetensors file: {error}") from error

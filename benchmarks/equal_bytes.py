@@ -11,13 +11,15 @@ how). Memory and speed are those of the file as it is run: by AutoModel on the C
 that it has, by llama-bench; one thread, a prompt of 64 tokens, 64 tokens behind it, the median of 3.
 Memory is what is resident after loading and one token, for llama.cpp the peak up to there.
 
-Bytes are those of the weight files; a GGUF has its tokenizer inside. Every row is a process of its own.
+Bytes are those of the weight files; a GGUF has its tokenizer inside. The seconds to make a GGUF are without
+its importance matrix. Every row is a process of its own.
 Finished rows are kept, and the same command goes on after an interruption.
 """
 
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -98,10 +100,11 @@ def compressed(options: argparse.Namespace, name: str, out: Path) -> File:
             **ROWS[name],
         }
     )  # fmt: skip
-    start = time.perf_counter()
-    model, result = eckart.compress(options.model, recipe=own, cache=out.with_name("teacher"))
+    state, start = out.with_name(f"{out.name}.state"), time.perf_counter()
+    model, result = eckart.compress(options.model, recipe=own, work=state, cache=out.with_name("teacher"))
     seconds = time.perf_counter() - start
     eckart.save(model, hub.load_tokenizer(options.model), out, result, overwrite=True)
+    shutil.rmtree(state, ignore_errors=True)
     return File(out, hub.weight_bytes(out), seconds, {"recipe": ROWS[name], "stages": result.seconds})
 
 

@@ -47,8 +47,10 @@ class Variant:
 
 
 # The smallest types come in blocks of 256 columns. Where a matrix has another width, llama-quantize falls
-# back to a larger type, so that a file may be far above what its name says.
-SMALL_TABLE = ("--output-tensor-type", "iq4_nl", "--token-embedding-type", "iq4_nl")
+# back to a larger type, so that a file may be far above what its name says. What is smaller needs a smaller
+# table of embeddings, and Q2_0, whose blocks are of 64.
+TABLE = ("--output-tensor-type", "iq4_nl", "--token-embedding-type", "iq4_nl")
+GATE, UP = ("--tensor-type", "ffn_gate=q2_0"), ("--tensor-type", "ffn_up=q2_0")
 VARIANTS = {
     "F16": Variant("F16"),
     "Q8_0": Variant("Q8_0"),
@@ -59,23 +61,26 @@ VARIANTS = {
     "Q3_K_M imatrix": Variant("Q3_K_M", True),
     "Q2_K imatrix": Variant("Q2_K", True),
     "IQ3_XXS imatrix": Variant("IQ3_XXS", True),
-    "IQ2_M imatrix": Variant("IQ2_M", True),
     "IQ4_NL pure imatrix": Variant("IQ4_NL", True, ("--pure",)),
-    "IQ3_XXS imatrix, table IQ4_NL": Variant("IQ3_XXS", True, SMALL_TABLE),
-    "IQ2_M imatrix, table IQ4_NL": Variant("IQ2_M", True, SMALL_TABLE),
-    "IQ1_S imatrix, table IQ4_NL": Variant("IQ1_S", True, SMALL_TABLE),
-    "Q2_0 imatrix, table IQ4_NL": Variant("Q2_0", True, SMALL_TABLE),
+    "Q4_K_M imatrix, table IQ4_NL": Variant("Q4_K_M", True, TABLE),
+    "Q3_K_M imatrix, table IQ4_NL": Variant("Q3_K_M", True, TABLE),
+    "IQ3_XXS imatrix, table IQ4_NL": Variant("IQ3_XXS", True, TABLE),
+    "IQ2_M imatrix, table IQ4_NL": Variant("IQ2_M", True, TABLE),
+    "IQ1_S imatrix, table IQ4_NL": Variant("IQ1_S", True, TABLE),
+    "IQ2_M imatrix, table IQ4_NL, gate Q2_0": Variant("IQ2_M", True, (*TABLE, *GATE)),
+    "IQ2_M imatrix, table IQ4_NL, gate and up Q2_0": Variant("IQ2_M", True, (*TABLE, *GATE, *UP)),
+    "Q2_0 imatrix, table IQ4_NL": Variant("Q2_0", True, TABLE),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A file of llama-quantize: the matrices of each type, and the seconds that it took."""
+    """A file of llama-quantize: the matrices of each type, and the seconds it took, if it was made."""
 
     path: Path
     types: dict[str, int]
     fallbacks: int
-    seconds: float
+    seconds: float | None
 
 
 def run(*command: object) -> str:
@@ -107,9 +112,9 @@ def find(folder: Path) -> Path:
 
 
 def version(tools: Path) -> str:
-    """Return what llama-quantize says of its build."""
-    found = re.search(r"build = .*|version: .*", run(tools / "llama-bench", "--version"))
-    return "llama.cpp, unknown build" if found is None else f"llama.cpp, {found[0]}"
+    """Return what llama-bench says of its build."""
+    found = re.search(r"version: (.*)", run(tools / "llama-bench", "--version"))
+    return "llama.cpp of an unknown version" if found is None else f"llama.cpp {found[1]}"
 
 
 def quantize(tools: Path, source: Path, target: Path, variant: Variant, *options: object) -> Made:
@@ -147,7 +152,7 @@ def importance(tools: Path, source: Path, words: Path, tokens: int, seq_len: int
 def make(name: str, tools: Path, source: Path, words: Path, tokens: int, seq_len: int, work: Path) -> Made:
     """Make the file VARIANTS[name] of `source`, or take the source itself under the name SHIPPED."""
     if name == SHIPPED:
-        return Made(source, {}, 0, 0.0)
+        return Made(source, {}, 0, None)
     variant = VARIANTS[name]
     options: tuple[object, ...] = ()
     if variant.importance:

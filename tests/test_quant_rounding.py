@@ -50,7 +50,7 @@ def loss(weight: Tensor, grid: Grid, codes: Tensor, inputs: Tensor, outputs: Ten
 
 def literal(weight: Tensor, grid: Grid, inputs: Tensor, outputs: Tensor) -> Tensor:
     """Return what two-sided rounding is by definition: entry after entry, everything formed anew."""
-    columns, rows = (Feedback.of(len(side), side, damp=0.0).mix for side in (inputs, outputs))
+    columns, rows = (Feedback.of(len(side), side, damp=0.0, order=False).mix for side in (inputs, outputs))
     codes = torch.zeros(weight.shape, dtype=torch.uint8)
     error = torch.zeros_like(weight)
     for row, column in product(*map(range, weight.shape)):
@@ -70,16 +70,20 @@ def test_it_is_its_definition(grid_of, rows: int, columns: int, seed: int) -> No
     weight, grid = gaussian(rows, columns, seed), grid_of((rows, columns))
     inputs, outputs = correlated(columns, seed), correlated(rows, seed + 9)
     identity = torch.eye(rows, dtype=torch.float64)
-    assert torch.equal(two_sided(weight, grid, inputs, outputs, damp=0, output_damp=0, rows=1),
+    assert torch.equal(two_sided(weight, grid, inputs, outputs, damp=0, output_damp=0, order=False, rows=1),
                        literal(weight, grid, inputs, outputs))  # fmt: skip
-    assert torch.equal(compensated(weight, grid, inputs, damp=0), literal(weight, grid, inputs, identity))
+    assert torch.equal(
+        compensated(weight, grid, inputs, damp=0, order=False), literal(weight, grid, inputs, identity)
+    )
 
 
 def test_columns_beyond_a_lazy_batch_see_all_before_them() -> None:
     weight, inputs = gaussian(2, 150, 0), correlated(150, 1)
     grid = even((2, 150), 0.3)
     identity = torch.eye(2, dtype=torch.float64)
-    assert torch.equal(compensated(weight, grid, inputs, damp=0), literal(weight, grid, inputs, identity))
+    assert torch.equal(
+        compensated(weight, grid, inputs, damp=0, order=False), literal(weight, grid, inputs, identity)
+    )
 
 
 @FAST
@@ -91,7 +95,7 @@ def test_diagonal_metrics_ask_for_the_nearest(rows: int, columns: int, seed: int
     assert torch.equal(found, grid.codes(weight))
     for moments in ((inputs, outputs), (inputs.diag(), outputs.diag()), (None, None), (0 * inputs, None)):
         assert torch.equal(compensated(weight, grid, moments[0], damp=damp), found)
-        assert torch.equal(two_sided(weight, grid, *moments, damp=damp, rows=2), found)
+        assert torch.equal(two_sided(weight, grid, *moments, damp=damp, rows=2, order=False), found)
         assert torch.equal(two_sided(weight, grid, *moments, damp=damp, rows=2, order=True), found)
 
 
@@ -114,7 +118,10 @@ def test_order_is_a_permutation_of_the_problem(columns: int, seed: int) -> None:
     places = inputs.diagonal().argsort(descending=True)
     zero = None if grid.zero is None else grid.zero[:, places]
     placed = compensated(
-        weight[:, places], Grid(grid.levels, grid.scale[:, places], zero), inputs[places][:, places]
+        weight[:, places],
+        Grid(grid.levels, grid.scale[:, places], zero),
+        inputs[places][:, places],
+        order=False,
     )
     assert torch.equal(compensated(weight, grid, inputs, order=True)[:, places], placed)
 

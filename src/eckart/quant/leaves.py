@@ -15,7 +15,7 @@ from ..errors import ConfigError, ModelError
 from ..factors import FactoredLinear, LowRank, PartialLinear, PivotedLinear
 from ..linalg import Metric, to_float64
 from .grid import Grid
-from .rounding import DAMP, OUTPUT_DAMP, two_sided
+from .rounding import DAMP, OUTPUT_DAMP, Feedback, carried
 
 _LEAF_DAMP = 1e-6
 """The metrics of the module are damped; those of its leaves need that only where a leaf is singular."""
@@ -27,8 +27,8 @@ _KEPT = 0.03
 class Gridded(Protocol):
     """What gives the values that a matrix may have; a storage."""
 
-    def grid(self, weight: Tensor) -> Grid:
-        """Return the grid for `weight` (m, n)."""
+    def grid(self, weight: Tensor, importance: Tensor | None = None) -> Grid:
+        """Return the grid for `weight` (m, n) whose columns count by `importance` (n,)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ def quantise(
 ) -> dict[str, Rounded]:
     """Round all leaves of `module` (m, n), one after the other, for a small tr(C D H D^T), D = W - W'.
 
-    Each leaf is rounded with compensation on both sides (`rounding.two_sided`) in its own metrics; the
+    Each leaf is rounded with compensation on both sides (`rounding.carried`) in its own metrics; the
     second of two is first fitted anew to the first as it was rounded. A factored map is first written
     as balanced factors of its SVD in a random basis (`mixed`), and its right factor rounded in the
     metric of what the left one cannot make good. The module itself is not changed. Fitted in float64,
@@ -199,8 +199,11 @@ def _rounded(
     weight: Tensor, storage: Gridded, inputs: Tensor, outputs: Tensor, bias: Tensor | None
 ) -> Rounded:
     weight = weight.to(torch.float32)
-    grid = storage.grid(weight)
-    codes = two_sided(weight, grid, inputs, outputs, damp=_LEAF_DAMP, output_damp=_LEAF_DAMP, order=True)
+    along = Feedback.of(weight.shape[1], inputs, damp=_LEAF_DAMP, order=True)
+    down = Feedback.of(weight.shape[0], outputs, damp=_LEAF_DAMP, order=True)
+    # What is left of an error in a column is weighed by its pivot: ranges are chosen for that.
+    grid = storage.grid(weight, along.in_place())
+    codes = carried(weight, grid, along, down)
     return Rounded(codes, grid, None if bias is None else bias.detach())
 
 

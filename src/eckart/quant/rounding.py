@@ -13,12 +13,14 @@ from torch import Tensor
 from ..errors import ConfigError, NotPositiveDefinite
 from ..linalg import Metric, check_matrix
 from .grid import Grid
+from .waves import places_in_waves
 
 DAMP = 0.01
 OUTPUT_DAMP = 0.1
 """Gradients are heavy-tailed and seen on fewer tokens: their metric generalises worse than the inputs'."""
-ROWS = 64
-_LAZY = 128
+ROWS = 32
+_COLUMNS = 32
+_ALONE = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +41,14 @@ class Feedback:
     order: Tensor | None = None
 
     @classmethod
-    def of(cls, size: int, moment: Tensor | None, *, damp: float = DAMP, order: bool = False) -> "Feedback":
+    def of(cls, size: int, moment: Tensor | None, *, damp: float = DAMP, order: bool = True) -> "Feedback":
         """Factor a metric: None for the identity, (size,) for a diagonal, (size, size).
 
         Args:
             size: length of the side.
             moment: the metric; it may be singular where `damp` > 0.
             damp: added to the diagonal, in units of its mean.
-            order: treat the largest entries of the diagonal first.
+            order: treat the largest entries of the diagonal first: more come after to make them good.
 
         Raises:
             ConfigError: the metric does not fit, or damp < 0.
@@ -83,7 +85,7 @@ def nearest(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def compensated(
-    weight: Tensor, grid: Grid, inputs: Tensor | None, *, damp: float = DAMP, order: bool = False
+    weight: Tensor, grid: Grid, inputs: Tensor | None, *, damp: float = DAMP, order: bool = True
 ) -> Tensor:
     """Return codes (m, n), uint8, chosen column by column for a small tr(D H D^T).
 
@@ -101,9 +103,7 @@ def compensated(
     Raises:
         ConfigError, NotFinite, NotPositiveDefinite: as `Feedback.of`; or the grid has another shape.
     """
-    work = _fitting(weight, grid)
-    feedback = Feedback.of(work.shape[1], inputs, damp=damp, order=order)
-    return _swept(work, grid, feedback)
+    return carried(weight, grid, Feedback.of(weight.shape[1], inputs, damp=damp, order=order))
 
 
 def two_sided(
@@ -114,7 +114,7 @@ def two_sided(
     *,
     damp: float = DAMP,
     output_damp: float = OUTPUT_DAMP,
-    order: bool = False,
+    order: bool = True,
     rows: int = ROWS,
 ) -> Tensor:
     """Return codes (m, n), uint8, chosen for a small tr(C D H D^T).
@@ -135,26 +135,52 @@ def two_sided(
     Raises:
         ConfigError, NotFinite, NotPositiveDefinite: as `Feedback.of`; or the grid has another shape.
     """
+    along = Feedback.of(weight.shape[1], inputs, damp=damp, order=order)
+    if outputs is None or outputs.ndim == 1:
+        return carried(weight, grid, along)
+    down = Feedback.of(weight.shape[0], outputs, damp=output_damp, order=order)
+    return carried(weight, grid, along, down, rows=rows)
+
+
+def carried(
+    weight: Tensor, grid: Grid, along: Feedback, down: Feedback | None = None, *, rows: int = ROWS
+) -> Tensor:
+    """Return codes (m, n), uint8, where errors are carried along rows, and down from block to block.
+
+    Args:
+        weight: (m, n).
+        grid: of the same shape.
+        along: of the side of the inputs (n).
+        down: of the side of the outputs (m); None to carry nothing from row to row.
+        rows: >= 1, of a block.
+
+    Raises:
+        ConfigError: the grid has another shape, or rows < 1.
+        NotFinite: the weight has NaN or infinite entries.
+    """
+    work = _working(weight)
+    if work.shape != grid.scale.shape:
+        raise ConfigError(
+            f"a weight {tuple(work.shape)} and a grid {tuple(grid.scale.shape)}: make it for it"
+        )
     if rows < 1:
         raise ConfigError(f"rows={rows}: must be >= 1")
-    work = _fitting(weight, grid)
-    along = Feedback.of(work.shape[1], inputs, damp=damp, order=order)
-    if outputs is None or outputs.ndim == 1:
-        return _swept(work, grid, along)
-    down = Feedback.of(work.shape[0], outputs, damp=output_damp, order=order)
-    places = torch.arange(len(work), device=work.device) if down.order is None else down.order
-    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
-    errors = torch.zeros_like(work)
-    mix = down.mix.to(work)
-    for start in range(0, len(work), rows):
-        block = places[start : start + rows]
-        own = mix[start : start + rows, start : start + rows]
-        carried = mix[:start, start : start + rows].T @ errors[:start]
-        target = work[block] + torch.linalg.solve_triangular(own.T, carried, upper=False)
-        part = _rows_of(grid, block)
-        codes[block] = _swept(target, part, along)
-        errors[start : start + rows] = work[block] - part.values(codes[block])
-    return codes
+    places = _places(down, len(work), work)[:, None], _places(along, work.shape[1], work)
+    levels, ranking = grid.levels.to(work).sort()
+    found = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    found[places] = ranking[
+        places_in_waves(
+            work[places],
+            levels,
+            grid.scale[places].to(work),
+            None if grid.zero is None else grid.zero[places].to(work),
+            along.mix.to(work),
+            None if down is None else down.mix.to(work),
+            rows=len(work) if down is None else min(rows, len(work)),
+            columns=_ALONE if down is None else _COLUMNS,
+        )
+    ].to(torch.uint8)
+    return found
 
 
 def expected_loss(noise: Tensor, inputs: Feedback, outputs: Feedback | None = None) -> float:
@@ -179,47 +205,7 @@ def _working(weight: Tensor) -> Tensor:
     return work if work.dtype == torch.float64 else work.to(torch.float32)
 
 
-def _fitting(weight: Tensor, grid: Grid) -> Tensor:
-    if weight.shape != grid.scale.shape:
-        raise ConfigError(
-            f"a weight {tuple(weight.shape)} and a grid {tuple(grid.scale.shape)}: make it for it"
-        )
-    return _working(weight)
-
-
-def _rows_of(grid: Grid, places: Tensor) -> Grid:
-    zero = None if grid.zero is None else grid.zero[places]
-    return Grid(grid.levels, grid.scale[places], zero)
-
-
-def _swept(target: Tensor, grid: Grid, feedback: Feedback) -> Tensor:
-    """Return codes of `target` (m, n) with the errors of each column carried into those after it."""
-    # Columns are treated one by one: each must lie together in memory.
-    order = slice(None) if feedback.order is None else feedback.order
-    goal = target.T[order].contiguous()
-    scale = grid.scale.T[order].to(goal).contiguous()
-    zero = None if grid.zero is None else grid.zero.T[order].to(goal).contiguous()
-    mix = feedback.mix.to(goal)
-    back = mix.T.contiguous()
-    levels, ranking = grid.levels.to(goal).sort()
-    between = (levels[1:] + levels[:-1]) / 2
-    divisor = torch.where(scale == 0, torch.inf, scale)
-    codes = torch.empty(goal.shape, dtype=torch.int64, device=goal.device)
-    errors = torch.empty_like(goal)
-    for start in range(0, len(goal), _LAZY):
-        stop = min(start + _LAZY, len(goal))
-        moved = goal[start:stop] + back[start:stop, :start] @ errors[:start]
-        for column in range(start, stop):
-            place = torch.addmv(moved[column - start], errors[start:column].T, back[column, start:column])
-            place.div_(divisor[column])
-            if zero is not None:
-                place.add_(zero[column])
-            code = torch.bucketize(place, between)
-            value = levels[code]
-            if zero is not None:
-                value.sub_(zero[column])
-            codes[column] = code
-            torch.addcmul(goal[column], value, scale[column], value=-1, out=errors[column])
-    found = torch.empty_like(codes, dtype=torch.uint8)
-    found[order] = ranking[codes].to(torch.uint8)
-    return found.T.contiguous()
+def _places(feedback: Feedback | None, size: int, like: Tensor) -> Tensor:
+    if feedback is None or feedback.order is None:
+        return torch.arange(size, device=like.device)
+    return feedback.order.to(like.device)

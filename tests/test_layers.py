@@ -64,11 +64,13 @@ LAYERS = {
     "pipeline": 13,
     "report": 14,
     "api": 15,
+    "commands_quantise": 16,
     "cli": 18,
     "__main__": 19,
     "quant": 0,
     "quant.formats": 1,
     "quant.grid": 1,
+    "quant.waves": 1,
     "quant.rounding": 2,
     "quant.storage": 2,
     "quant.corrected": 3,
@@ -77,6 +79,7 @@ LAYERS = {
     "quant.noise": 3,
     "quant.correction": 4,
     "quant.stored": 4,
+    "quant.straight": 5,
     "quantising": 13,
     "adapt": 0,
     "adapt.store": 3,
@@ -114,7 +117,7 @@ LAYERS = {
 }
 LOWEST_WITH_TRANSFORMERS = LAYERS["models"]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
-PRINTING = ("cli", "terminal", "commands_tune", "commands_adapters", "commands_params")
+PRINTING = ("cli", "terminal", "commands_tune", "commands_adapters", "commands_params", "commands_quantise")
 
 
 def module_name(path: Path) -> str:

@@ -9,7 +9,7 @@ from . import linalg
 from .adapt.difference import diff
 from .adapt.session import tune
 from .adapt.toolbox import extract, merge, resize
-from .api import compress, evaluate, heal, load, save
+from .api import compress, evaluate, heal, load, quantise, save
 from .errors import (
     ConfigError,
     EckartError,
@@ -46,6 +46,7 @@ __all__ = [
     "linalg",
     "load",
     "merge",
+    "quantise",
     "resize",
     "save",
     "tune",

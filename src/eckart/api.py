@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import hub, measure, mend, models, pipeline, recipe, report, report_healing, text
+from . import hub, measure, mend, models, pipeline, quantising, recipe, report, report_healing, text
 from .adapt import loading
 from .errors import ConfigError, ModelError
 from .healing import Healing
@@ -100,6 +100,66 @@ def compress(
     loaded = pipeline.load_for(resolved) if by_name else _given(model, tokenizer)
     ward = mend.Ward(_path(work), _path(cache))
     return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch), ward)
+
+
+def quantise(
+    model: Any,
+    storage: str | None = None,
+    *,
+    embeddings: str | None = None,
+    text: Sources | None = None,
+    eval_text: Sources | None = None,
+    foreign_text: Sources | None = None,
+    method: str | None = None,
+    exclude: Sources | None = None,
+    tokens: int | None = None,
+    gradient_tokens: int | None = None,
+    seq_len: int | None = None,
+    seed: int | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    tokenizer: Any = None,
+    watch: Callable[[str, int, int], None] | None = None,
+) -> tuple[Any, Result]:
+    """Store a model, dense or compressed, in few bits; ranks and widths stay as they are.
+
+    Errors are made good for each other, and measured, in the metric of `method` (eckart: of inputs and of
+    output gradients on `text`; svd: none, and no text).
+
+    Args:
+        model: a hub id, a folder, a .gguf file, or a model, which is changed in place.
+        storage: of the matrices of the blocks, a name of eckart.quant.storage.STORAGES, or float.
+        embeddings: storage of the embeddings and of the output head; default: the same.
+
+    The others are as in `compress`.
+
+    Returns:
+        The model, which saves and loads like any other, and the result.
+
+    Raises:
+        ConfigError: an argument is not legal.
+        ModelError: the model cannot be loaded, or is stored in few bits already.
+        NotFinite: a weight, a statistic or a logit is NaN or infinite.
+    """
+    given = {
+        "keep": 1.0, "storage": storage, "embeddings": embeddings, "text": _sources(text),
+        "eval_text": _sources(eval_text), "foreign_text": _sources(foreign_text), "method": method,
+        "exclude": _sources(exclude), "tokens": tokens, "gradient_tokens": gradient_tokens,
+        "seq_len": seq_len, "seed": seed, "dtype": dtype, "device": device,
+    }  # fmt: skip
+    by_name = isinstance(model, (str, Path))
+    resolved = _resolve(None, given | ({"model": str(model)} if by_name else {}))
+    quantising.check(resolved)
+    return quantising.quantise(resolved, loaded_for(resolved) if by_name else _given(model, tokenizer), watch)
+
+
+def loaded_for(resolved: Recipe) -> hub.Loaded:
+    """Load the model that `resolved` names, compressed or not, to compute on its device.
+
+    Raises:
+        ModelError: it names none, or it cannot be loaded.
+    """
+    return pipeline.load_for(resolved, low_rank=True)
 
 
 def heal(

@@ -8,7 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__, api, commands_params, healing, hub, pipeline, recipe, render, report
+from . import (
+    __version__,
+    api,
+    commands_params,
+    commands_quantise,
+    healing,
+    hub,
+    pipeline,
+    recipe,
+    render,
+    report,
+)
 from .adapt import commands_adapters, commands_tune
 from .bars import Bars
 from .errors import ConfigError
@@ -324,6 +335,7 @@ def evaluate(
 commands_tune.register(app)
 commands_adapters.register(app)
 commands_params.register(app)
+commands_quantise.register(app)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,10 @@ from .declaration import NAME
 from .errors import ConfigError, ModelError, StoreError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int32": "I32", "int64": "I64"}
+_SAFETENSORS = {
+    "float32": "F32", "bfloat16": "BF16", "float16": "F16",
+    "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
+}  # fmt: skip
 _ORDER = ("bool", "uint8", "int8", "int16", "float16", "bfloat16", "int32", "float32", "float64", "int64")
 _WEIGHT_FILES = ("*.safetensors", "*.gguf", "pytorch_model*.bin")
 MB = 1_000_000

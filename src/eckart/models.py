@@ -279,6 +279,9 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for tensor in state_tensors(model).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, StoredEmbedding):
+            module.rows_in(dtype)
     return model
 
 

@@ -378,7 +378,7 @@ def _calibrated(
     )
 
 
-def load_for(recipe: Recipe) -> hub.Loaded:
+def load_for(recipe: Recipe, low_rank: bool = False) -> hub.Loaded:
     """Load the model that `recipe` names, to compute on its device.
 
     Raises:
@@ -390,5 +390,5 @@ def load_for(recipe: Recipe) -> hub.Loaded:
         recipe.model,
         place=hub.device(recipe.device),
         trust_remote_code=recipe.trust_remote_code,
-        low_rank=False,
+        low_rank=low_rank,
     )

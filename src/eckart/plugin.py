@@ -115,7 +115,7 @@ def guard_tensors(model: nn.Module) -> dict[str, Tensor]:
     low_rank = models.low_rank_modules(model).items()
     found = [name for name, module in low_rank if not isinstance(module, NarrowLinear)]
     found = found or [name for name, part in stores.stored(model).items() if not isinstance(part, StoredHead)]
-    return {f"{name}.weight": torch.empty(0, dtype=torch.float32) for name in found[:1]}
+    return {f"{name}.weight": next(model.parameters()).new_empty(0) for name in found[:1]}
 
 
 def mark(model: Any) -> None:

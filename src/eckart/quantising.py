@@ -72,7 +72,7 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
         NotFinite: a weight, a statistic or a logit is NaN or infinite.
     """
     show: Watch = watch or (lambda stage, done, total: None)
-    _check(recipe)
+    check(recipe)
     model, warnings, clock = loaded.model, list[str](), time.perf_counter()
     found = holdings(model, recipe)
     targets = [held.target for held in found]
@@ -121,7 +121,8 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
     )
 
 
-def _check(recipe: Recipe) -> None:
+def check(recipe: Recipe) -> None:
+    """Raise ConfigError unless `recipe` names storages, and text where its method looks at data."""
     if AUTO in (recipe.matrices_storage, recipe.embeddings_storage) or not recipe.stores:
         raise ConfigError("name a storage for the matrices or the embeddings: here ranks stay as they are")
     recipe.check_text()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from . import models, stores
 from .declaration import EckartConfig
@@ -139,14 +140,19 @@ def check_files(model: nn.Module, files: list[Path]) -> None:
     for file in files:
         held |= read_shapes(file)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    for name, module in {**models.low_rank_modules(model), **stores.stored(model)}.items():
-        for key, tensor in module.state_dict().items():
-            shape = held.get(f"{name}.{key}")
-            if f"{name}.{key}" not in tied and shape != list(tensor.shape):
-                raise StoreError(
-                    f"{name}.{key} should have shape {list(tensor.shape)} by config.json and has "
-                    f"{shape or 'no tensor'} in the weight files: the folder is damaged or mixed"
-                )
+    expected = {
+        f"{name}.{key}": tensor
+        for name, module in {**models.low_rank_modules(model), **stores.stored(model)}.items()
+        for key, tensor in module.state_dict().items()
+        if f"{name}.{key}" not in tied
+    }
+    # Some architectures are stored under other names than they have in memory.
+    for name, tensor in revert_weight_conversion(model, expected).items():
+        if held.get(name) != list(tensor.shape):
+            raise StoreError(
+                f"{name} should have shape {list(tensor.shape)} by config.json and has "
+                f"{held.get(name) or 'no tensor'} in the weight files: the folder is damaged or mixed"
+            )
 
 
 def read_shapes(file: Path) -> dict[str, list[int]]:

@@ -143,6 +143,10 @@ class StoredEmbedding(_Stored):
         made._like = embedding.weight.new_zeros(0)
         return made.train(embedding.training)
 
+    def rows_in(self, dtype: torch.dtype) -> None:
+        """Give rows in `dtype` from now on."""
+        self._like = self._like.to(dtype)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Map token ids (...) to rows (..., d).
 

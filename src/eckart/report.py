@@ -9,12 +9,13 @@ from rich.text import Text
 
 from . import environment, report_healing
 from .choices import Choice
-from .hub import MB
+from .hub import DTYPES, MB
 from .measure import Comparison, Perplexity
 from .pipeline import Plan
-from .recipe import Recipe, to_yaml
+from .quant import storage
+from .recipe import FLOAT, Recipe, to_yaml
 from .render import markdown_table, table, to_json
-from .result import Result
+from .result import Module, Result
 
 SizeRow = tuple[str, str, str, str]
 _MODULES_SHOWN = 8
@@ -111,6 +112,8 @@ def remarks(result: Result) -> list[str]:
             f"{_mb(written)} against {_mb(result.source_bytes)}; quantise it to go below"
         )
     kept_dense = sum(module.form == "dense" for module in result.modules)
+    if _is_stored(result):
+        kept_dense = 0
     if kept_dense == len(result.modules):
         found.append("nothing was compressed: every matrix is smallest dense at this budget")
     elif kept_dense and result.recipe.resolved_method().low_rank is not None:
@@ -148,6 +151,8 @@ def renderable(result: Result) -> RenderableType:
     rows = [*size_rows(result), *quality_rows(result)]
     title = f"{result.source}: method {result.recipe.method}, {_budget(result)}"
     parts: list[RenderableType] = [table(title, ("", "before", "after", "share"), rows)]
+    if _is_stored(result):
+        parts.append(table("stored as", STORAGE_COLUMNS, storage_rows(result)))
     if result.healing:
         steps = report_healing.step_rows(result.healing)
         parts.append(table("healing", report_healing.STEP_COLUMNS, steps))
@@ -161,6 +166,26 @@ def renderable(result: Result) -> RenderableType:
     memory = ", ".join(f"{name} {_mb(size)}" for name, size in result.peak_memory.items())
     parts.append(Text(f"peak memory: {memory}"))
     return Group(*parts)
+
+
+STORAGE_COLUMNS = ("storage", "form", "matrices", "parameters", "of their dense size", "bits per parameter")
+
+
+def _is_stored(result: Result) -> bool:
+    return any(module.storage != FLOAT for module in result.modules)
+
+
+def storage_rows(result: Result) -> list[tuple[str, ...]]:
+    """Return the rows of the table of storages: what is stored how, and how much of it was kept."""
+    groups: dict[tuple[str, str], list[Module]] = {}
+    for module in result.modules:
+        groups.setdefault((module.storage, module.form), []).append(module)
+    rows = []
+    for (stored, form), found in sorted(groups.items()):
+        after, before = (sum(getattr(m, name) for m in found) for name in ("after", "before"))
+        bits = 8 * DTYPES[result.dtype].itemsize if stored == FLOAT else storage.get(stored).bits()
+        rows.append((stored, form, str(len(found)), f"{after:,}", _share(after, before), f"{bits:.3g}"))
+    return rows
 
 
 def calibration_line(result: Result) -> str:
@@ -272,7 +297,7 @@ def model_card(result: Result, folder: str) -> str:
 {markdown_table(("", "before", "after", "share"), rows)}
 
 {calibration_line(result)}
-{_healing_section(result)}
+{_storage_section(result)}{_healing_section(result)}
 Notes:
 
 {notes}
@@ -288,6 +313,12 @@ the recipe names its files as they were given then:
 ```yaml
 {to_yaml(_without_folders(result.recipe))}```
 """
+
+
+def _storage_section(result: Result) -> str:
+    if not _is_stored(result):
+        return ""
+    return f"\nStored as:\n\n{markdown_table(STORAGE_COLUMNS, storage_rows(result))}\n"
 
 
 def _healing_section(result: Result) -> str:

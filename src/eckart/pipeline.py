@@ -108,7 +108,7 @@ def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
 
 
 @dataclass(slots=True)
-class _Run:
+class Run:
     """The moving parts of one run: clock, warnings, watcher."""
 
     watch: Watch
@@ -117,6 +117,7 @@ class _Run:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Time what is done inside, and give what to report its progress to."""
         start = time.perf_counter()
         self.watch(name, 0, 1)
         yield lambda done, total: self.watch(name, done, total)
@@ -136,7 +137,7 @@ class Prepared:
     dense: measure.Perplexity | None
     dense_foreign: measure.Perplexity | None
     calibrated: Calibrated
-    run: _Run
+    run: Run
 
 
 def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Prepared:
@@ -145,7 +146,7 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     Raises:
         EckartError: any of its subclasses.
     """
-    run = _Run(watch or _silent)
+    run = Run(watch or _silent)
     model = loaded.model
     if models.low_rank_modules(model):
         raise ModelError("the model is already low-rank: eckart.densify it first")
@@ -353,7 +354,7 @@ def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:
             raise NotFinite(f"{name} does not fit {dtype}: choose dtype bfloat16 or float32")
 
 
-def _measure(run: _Run, name: str, model: Any, rows: Tensor | None) -> measure.Perplexity | None:
+def _measure(run: Run, name: str, model: Any, rows: Tensor | None) -> measure.Perplexity | None:
     if rows is None:
         return None
     with run.stage(name) as progress:

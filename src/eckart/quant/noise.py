@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..linalg import Metric, WeightedSVD, to_float64
-from .rounding import Feedback
+from .rounding import DAMP, OUTPUT_DAMP, Feedback
 
 _BLOCK = 64
 
@@ -37,8 +37,7 @@ def of_matrix(weight: Tensor, inputs: Metric, outputs: Metric, svd: WeightedSVD 
     of its block of 64.
     """
     work = to_float64(weight)
-    columns = Feedback.of(inputs.size, inputs.moment).in_place()
-    rows = Feedback.of(outputs.size, outputs.moment).in_place()
+    columns, rows = _pivots(inputs, DAMP), _pivots(outputs, OUTPUT_DAMP)
     dense = float(rows @ _block_squares(work) @ _block_sums(columns))
     if svd is None:
         return Noise(dense)
@@ -49,6 +48,14 @@ def of_matrix(weight: Tensor, inputs: Metric, outputs: Metric, svd: WeightedSVD 
     left = svd.left.square().sum(0) * svd.spectrum.square() / outputs_size * rows.sum()
     terms = (right + left).cumsum(0)
     return Noise(dense, torch.cat([terms.new_zeros(1), terms]))
+
+
+def _pivots(metric: Metric, damp: float) -> Tensor:
+    # A diagonal may be as long as the vocabulary: there is nothing to factor.
+    if metric.moment is None or metric.moment.ndim == 1:
+        moment = torch.ones(metric.size) if metric.moment is None else metric.moment
+        return to_float64(moment) * (1 + damp)
+    return Feedback.of(metric.size, metric.moment, damp=damp).in_place()
 
 
 def _block_squares(matrix: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""A calibrated and decomposed model, made once: it serves every budget and every storage."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eckart import pipeline, recipe
+from eckart.pipeline import Prepared
+
+
+def base(model: str, text: list[str], eval_text: list[str], tokens: int, seq_len: int) -> dict[str, Any]:
+    """The recipe of what is prepared, but for its budget; its own measurement is kept short."""
+    return {
+        "model": model, "text": text, "eval_text": eval_text, "tokens": tokens, "seq_len": seq_len,
+        "eval_tokens": seq_len,
+    }  # fmt: skip
+
+
+def made(common: Mapping[str, Any], cache: Path) -> Prepared:
+    """Return what is in `cache`, made now where nothing is: storages are to be chosen by `finish`."""
+    if not cache.is_file():
+        own = recipe.from_mapping({**common, "size": "1GB"})
+        found = pipeline.prepare(own, pipeline.load_for(own), print_progress)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(".partial")
+        torch.save(dataclasses.replace(found, run=None), partial)  # type: ignore[arg-type]
+        partial.replace(cache)
+    loaded: Prepared = torch.load(cache, weights_only=False)
+    return dataclasses.replace(loaded, run=pipeline.Run(print_progress))
+
+
+def print_progress(stage: str, done: int, total: int) -> None:
+    if done in (0, total) or done % max(1, total // 8) == 0:
+        print(f"  {stage}: {done} of {total}", flush=True)
+

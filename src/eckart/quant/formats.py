@@ -5,13 +5,14 @@ bitsandbytes (0.50, on a CPU), bit for bit.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from math import gcd, lcm
 
 import torch
 from torch import Tensor
 
-from ..errors import NotFinite
+from ..errors import ConfigError, NotFinite
 
 BLOCK = 64
 """Entries of a flattened matrix, in NF4 and FP4, or of a row, in the affine formats, that share a scale."""
@@ -66,6 +67,12 @@ def _dynamic_values() -> tuple[float, ...]:
 
 
 _DYNAMIC = _dynamic_values()
+
+
+@cache
+def _kept_dynamic_map() -> Tensor:
+    with torch.inference_mode(False):
+        return dynamic_map()
 
 
 @cache
@@ -130,7 +137,8 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def unnest(codes: Tensor, scales: Tensor, offset: Tensor) -> Tensor:
     """Return the scales of blocks, float32, that `nest` stored, for its codes and the scale of each."""
-    return dynamic_map().to(codes.device)[codes.to(torch.int64)] * scales + offset
+    levels = dynamic_map() if torch.compiler.is_compiling() else _kept_dynamic_map()
+    return levels.to(codes.device)[codes.to(torch.int64)] * scales + offset
 
 
 def row_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,3 +257,56 @@ def gather_bits(stream: Tensor, width: int, places: Tensor) -> Tensor:
     window = (stream[first].to(torch.int64) << 8) | after
     codes: Tensor = (window >> (16 - width - offset)) & (2**width - 1)
     return codes
+
+
+@dataclass(frozen=True, slots=True)
+class Normality:
+    """How near to normal the entries of a matrix are within their blocks of 64: the premise of NF4.
+
+    Args:
+        kurtosis: excess kurtosis of the entries over the root mean square of their block, corrected for
+            the size of blocks: 0 for a normal matrix, positive for heavy tails.
+        distance: Kolmogorov-Smirnov distance, in 0..1, of the entries over the absmax of their block from
+            what normal blocks have: about 1 / sqrt(entries) for a normal matrix.
+    """
+
+    kurtosis: float
+    distance: float
+
+
+def normality(weight: Tensor) -> Normality:
+    """Measure how near to normal `weight` (m, n) is; zero blocks and a partial last one are left out.
+
+    Raises:
+        ConfigError: no block of 64 entries is left.
+    """
+    count = weight.numel() // BLOCK * BLOCK
+    blocks = weight.detach().reshape(-1)[:count].view(-1, BLOCK).to(torch.float32)
+    blocks = blocks[blocks.abs().amax(dim=1) > 0]
+    if not len(blocks):
+        raise ConfigError(
+            f"a matrix {tuple(weight.shape)} has no block of {BLOCK} entries that is not zero: "
+            "normality is not defined"
+        )
+    scaled = blocks / blocks.abs().amax(dim=1, keepdim=True)
+    squares = scaled.square()
+    fourth = (squares.square().mean(dim=1) / squares.mean(dim=1).square()).mean()
+    expected = _normal_shares()
+    counts = torch.histc(scaled, len(expected) + 1, -1, 1).cpu().to(torch.float64)
+    found = counts.cumsum(0)[:-1] / scaled.numel()
+    # For normal entries the mean of x^4 over the squared mean of x^2 in a block of b is 3 b / (b + 2).
+    return Normality(float(fourth) * (BLOCK + 2) / BLOCK - 3, float((found - expected).abs().max()))
+
+
+@cache
+def _normal_shares(places: int = 512) -> Tensor:
+    """Return the share of entries below the inner edges of `places` bins of [-1, 1], for normal blocks.
+
+    Of entries over the absmax of their block: one is at an end, the others are normal within it.
+    """
+    absmax = torch.linspace(0, 8, 2001, dtype=torch.float64)[1:]
+    inside = torch.erf(absmax / 2**0.5)
+    density = inside ** (BLOCK - 2) * torch.exp(-absmax.square() / 2)
+    edges = torch.linspace(-1, 1, places + 1, dtype=torch.float64)[1:-1]
+    shares = (density * torch.erf(edges[:, None] * absmax / 2**0.5)).sum(dim=1) / (density * inside).sum()
+    return 0.5 + (BLOCK - 1) / (2 * BLOCK) * shares

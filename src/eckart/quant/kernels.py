@@ -19,7 +19,7 @@ from . import formats
 from .formats import BLOCK, NEST
 from .storage import Blocks, Rows, Shape, Storage
 
-CHUNK = 2**18
+CHUNK = 2**19
 """Entries that a CPU decodes at a time."""
 OUTLIER = 6.0
 """|input| from which LLM.int8() keeps a column out of the integer product (Dettmers et al. 2022, 3)."""
@@ -36,15 +36,20 @@ def linear(
 ) -> Tensor:
     """Return `inputs` (..., n) times the transpose of the stored matrix (m, n), plus `bias`: (..., m).
 
-    In the dtype of `inputs`, or that of autocast. Gradients go to `inputs` and `bias`; nothing dequantised
-    is kept for them.
+    In the dtype of `inputs`, or that of autocast. Gradients go to `inputs` and `bias`: those of a product
+    with the dequantised matrix, of which nothing is kept until then (torch.compile may choose to keep it;
+    at LLM.int8() it breaks its graph).
     """
     device = inputs.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return linear(inputs.to(torch.get_autocast_dtype(device)), storage, tensors, shape, bias)
-    if torch.is_grad_enabled() and inputs.requires_grad and not torch.compiler.is_compiling():
-        out = cast(Tensor, _apply(inputs, storage, tensors, shape))
+    compiled = torch.compiler.is_compiling()
+    out: Tensor
+    if compiled and storage.mixed:
+        out = _uncompiled(inputs, storage, tensors, shape)
+    elif torch.is_grad_enabled() and inputs.requires_grad and not compiled:
+        out = _apply(inputs, storage, tensors, shape)
     else:
         out = _forward(inputs, storage, tensors, shape)
     return out if bias is None else out + bias.to(out.dtype)
@@ -75,6 +80,11 @@ class _Product(torch.autograd.Function):
 
 
 _apply: Any = _Product.apply
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(inputs: Tensor, storage: Storage, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
+    return linear(inputs, storage, tensors, shape)
 
 
 def _forward(inputs: Tensor, storage: Storage, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
@@ -134,11 +144,11 @@ class _Packed:
         found = _levels(self.storage, self.codes, self.shape)
         if columns % BLOCK == 0:
             grouped = found.view(-1, BLOCK)
-            grouped = grouped if self.zero is None else grouped - self.zero.reshape(-1, 1)
-            return (grouped * self.scale.reshape(-1, 1)).view(self.shape).to(dtype)
+            grouped = grouped if self.zero is None else grouped.sub_(self.zero.reshape(-1, 1))
+            return grouped.mul_(self.scale.reshape(-1, 1)).view(self.shape).to(dtype)
         if self.zero is not None:
-            found = found - scales.spread(self.zero, self.shape)
-        return (found * scales.spread(self.scale, self.shape)).to(dtype)
+            found.sub_(scales.spread(self.zero, self.shape))
+        return found.mul_(scales.spread(self.scale, self.shape)).to(dtype)
 
     def product(self, flat: Tensor) -> Tensor:
         """Return `flat` (t, n) times the transpose of the rows."""
@@ -245,16 +255,14 @@ def _has_kernels(device: str) -> bool:
 
 @cache
 def _warn(device: str, installed: bool) -> None:
-    why = "does not know this device" if installed else "is not installed: pip install 'eckart[tune]'"
+    why = "does not run there" if installed else "is not installed (pip install 'eckart[tune]')"
+    cost = "1.5 times as long, a token at a time," if device == "cpu" else "several times as long"
     warnings.warn(
-        f"4-bit codebooks are decoded by PyTorch alone on {device}, "
-        f"which takes about {_COST} times as long as by bitsandbytes, which {why}",
+        f"stored matrices run by PyTorch alone on {device}: 4-bit codebooks and products of int8 take about "
+        f"{cost} as by bitsandbytes, which {why}",
         ReferenceWarning,
         stacklevel=2,
     )
-
-
-_COST = 2
 
 
 def _dequantize_4bit(codes: Tensor, absmax: Tensor, code: str, shape: Shape, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,7 @@ from eckart.quant.storage import STORAGES
 
 EPS = torch.finfo(torch.float32).eps
 NAMES = tuple(STORAGES)
-AFFINE = ("int4", "int3", "int2")
+AFFINE = ("int6", "int5", "int4", "int3", "int2")
 CODEBOOKS = ("nf4", "nf4-dq", "fp4", "fp4-dq")
 shapes = st.tuples(st.integers(1, 40), st.integers(1, 150))
 seeds = st.integers(0, 2**31)
@@ -153,7 +153,7 @@ class TestErrors:
         assert share == pytest.approx(storage.get(name).noise, rel=0.02)
 
     def test_noise_falls_with_bits(self) -> None:
-        order = ["int8", "int4", "int3", "int2"]
+        order = ["int8", "int6", "int5", "int4", "int3", "int2"]
         noises = [storage.get(name).noise for name in order]
         assert noises == sorted(noises)
         assert storage.get("nf4").noise < storage.get("fp4").noise
@@ -310,8 +310,8 @@ class TestTensors:
 
 class TestRefusals:
     def test_an_unknown_name(self) -> None:
-        with pytest.raises(ConfigError, match=re.escape("storage 'int5': legal are int8, llm.int8, nf4")):
-            storage.get("int5")
+        with pytest.raises(ConfigError, match=re.escape("storage 'int9': legal are int8, llm.int8, nf4")):
+            storage.get("int9")
 
     @pytest.mark.parametrize("name", NAMES)
     @pytest.mark.parametrize("bad", [math.nan, math.inf])

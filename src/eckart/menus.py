@@ -17,7 +17,7 @@ from .quant.noise import Noise
 from .ranks import Curve, either, legal_ranks, legal_widths, together, width_curve
 from .recipe import AUTO, FLOAT, Recipe
 
-AUTOMATIC = (FLOAT, "int8", "int4", "nf4-dq", "int3", "int2")
+AUTOMATIC = (FLOAT, "int8", "int6", "int5", "int4", "nf4-dq", "int3", "int2")
 """What `auto` chooses from."""
 _PIVOTED_BITS = 6.0
 """An error in the pivot rows is carried into all the others: below so many bits a matrix is two factors."""

@@ -47,8 +47,8 @@ Precision = Annotated[
 Storage = Annotated[
     str | None,
     typer.Option(
-        help="float, int8, llm.int8, nf4, nf4-dq, fp4, fp4-dq, int4, int3, int2, or auto: by matrix, with "
-        "its rank. Default: auto with --size, else float."
+        help="float, int8, llm.int8, nf4, nf4-dq, fp4, fp4-dq, int6 to int2, or auto: by matrix, with its "
+        "rank. Default: auto with --size, else float."
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]

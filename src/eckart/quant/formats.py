@@ -216,6 +216,10 @@ def affine_groups(weight: Tensor, top: int, shrink: Tensor | None = None) -> tup
     return scale, zero.to(torch.uint8)
 
 
+def _word(bits: int) -> torch.dtype:
+    return torch.int32 if bits <= 32 else torch.int64
+
+
 def pack_bits(codes: Tensor, width: int, fill: int = 0) -> Tensor:
     """Return `codes`, of `width` bits each, as a stream of bytes: the first code in the highest bits.
 
@@ -223,11 +227,12 @@ def pack_bits(codes: Tensor, width: int, fill: int = 0) -> Tensor:
     in 3 bytes).
     """
     together, length = lcm(width, 8), 8 // gcd(width, 8)
-    flat = codes.reshape(-1).to(torch.int32)
+    whole = _word(together)
+    flat = codes.reshape(-1).to(whole)
     flat = torch.nn.functional.pad(flat, (0, -flat.numel() % length), value=fill).view(-1, length)
-    shifts = torch.arange(together - width, -1, -width, dtype=torch.int32, device=codes.device)
-    words = (flat << shifts).sum(dim=1, dtype=torch.int32)
-    shifts = torch.arange(together - 8, -1, -8, dtype=torch.int32, device=codes.device)
+    shifts = torch.arange(together - width, -1, -width, dtype=whole, device=codes.device)
+    words = (flat << shifts).sum(dim=1, dtype=whole)
+    shifts = torch.arange(together - 8, -1, -8, dtype=whole, device=codes.device)
     stream: Tensor = (words[:, None] >> shifts) & 255
     return stream.to(torch.uint8).view(-1)
 
@@ -241,10 +246,11 @@ def packed_bytes(count: int, width: int) -> int:
 def unpack_bits(stream: Tensor, width: int, count: int) -> Tensor:
     """Return the first `count` codes, uint8, of a stream of `pack_bits`."""
     together = lcm(width, 8)
-    parts = stream.view(-1, together // 8).to(torch.int32)
-    shifts = torch.arange(together - 8, -1, -8, dtype=torch.int32, device=stream.device)
-    words = (parts << shifts).sum(dim=1, dtype=torch.int32)
-    shifts = torch.arange(together - width, -1, -width, dtype=torch.int32, device=stream.device)
+    whole = _word(together)
+    parts = stream.view(-1, together // 8).to(whole)
+    shifts = torch.arange(together - 8, -1, -8, dtype=whole, device=stream.device)
+    words = (parts << shifts).sum(dim=1, dtype=whole)
+    shifts = torch.arange(together - width, -1, -width, dtype=whole, device=stream.device)
     codes: Tensor = (words[:, None] >> shifts) & (2**width - 1)
     return codes.to(torch.uint8).view(-1)[:count]
 

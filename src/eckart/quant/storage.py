@@ -359,6 +359,8 @@ STORAGES: dict[str, Storage] = {
         Storage("nf4-dq", 4, NF4, Blocks("nf4", nested=True)),
         Storage("fp4", 4, FP4, Blocks("fp4", nested=False)),
         Storage("fp4-dq", 4, FP4, Blocks("fp4", nested=True)),
+        _affine("int6", 6),
+        _affine("int5", 5),
         _affine("int4", 4),
         _affine("int3", 3),
         _affine("int2", 2),

@@ -11,8 +11,8 @@ how). Memory and speed are those of the file as it is run: by AutoModel on the C
 that it has, by llama-bench; one thread, a prompt of 64 tokens, 64 tokens behind it, the median of 3.
 Memory is what is resident after loading and one token, for llama.cpp the peak up to there.
 
-Bytes are those of the weight files; a GGUF has its tokenizer inside. The seconds to make a GGUF are without
-its importance matrix. Every row is a process of its own.
+Bytes are those of the weight files; a GGUF has its tokenizer inside. Seconds to make a row of eckart
+are of processor time, one thread, from the dense model on; those of a GGUF are without its importance matrix. Every row is a process of its own.
 Finished rows are kept, and the same command goes on after an interruption.
 """
 
@@ -31,12 +31,13 @@ from typing import Any
 
 import equal_bytes_show
 import llamacpp
+import prepared
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import eckart
-from eckart import environment, hub, measure, memory, recipe, windows
+from eckart import environment, hub, measure, memory, mend, pipeline, recipe, windows
 
 RESULTS = Path("benchmarks/results/equal_bytes.json")
 CACHE = Path(".cache/equal_bytes")
@@ -46,7 +47,25 @@ LLAMA = {f"llama.cpp {name}": name for name in (llamacpp.SHIPPED, *llamacpp.VARI
 ROWS: dict[str, Mapping[str, Any]] = {
     "low rank, linears 0.9": {"keep": 0.9, "of": "linears"},
     "low rank, linears 0.8": {"keep": 0.8, "of": "linears"},
-}
+    "int8": {"keep": 1.0, "storage": "int8"},
+    "nf4, embeddings int8": {"keep": 1.0, "storage": "nf4-dq", "embeddings": "int8"},
+    "nf4 to nearest, embeddings int8": {
+        "keep": 1.0, "storage": "nf4-dq", "embeddings": "int8", "method": "svd",
+    },
+    "low rank 0.8 + int8": {"keep": 0.8, "of": "linears", "storage": "int8"},
+    "low rank 0.9 + nf4": {
+        "keep": 0.9, "of": "linears", "storage": "nf4-dq", "embeddings": "int8", "form": "factored",
+    },
+    "low rank 0.7 + nf4": {
+        "keep": 0.7, "of": "linears", "storage": "nf4-dq", "embeddings": "int8", "form": "factored",
+    },
+    "size 100MB": {"size": "100MB"},
+    "size 80MB": {"size": "80MB"},
+    "size 65MB": {"size": "65MB"},
+    "size 55MB": {"size": "55MB"},
+    "size 65MB, healed": {"size": "65MB", "heal": {"tokens": 81_920}},
+    "size 55MB, healed": {"size": "55MB", "heal": {"tokens": 81_920}},
+}  # fmt: skip
 """eckart's rows: what the recipe says beyond the model and the texts."""
 
 
@@ -92,18 +111,14 @@ def peer(options: argparse.Namespace, name: str, out: Path) -> File:
 
 
 def compressed(options: argparse.Namespace, name: str, out: Path) -> File:
-    """The recipe's own measurement is kept short: what counts is measured on the folder."""
-    own = recipe.from_mapping(
-        {
-            "model": options.model, "text": options.text, "tokens": options.tokens,
-            "eval_text": options.eval_text, "eval_tokens": options.seq_len, "seq_len": options.seq_len,
-            **ROWS[name],
-        }
-    )  # fmt: skip
-    state, start = out.with_name(f"{out.name}.state"), time.perf_counter()
-    model, result = eckart.compress(options.model, recipe=own, work=state, cache=out.with_name("teacher"))
-    seconds = time.perf_counter() - start
-    eckart.save(model, hub.load_tokenizer(options.model), out, result, overwrite=True)
+    """All rows share what does not depend on the recipe: statistics and decompositions, made once."""
+    common = prepared.base(options.model, options.text, options.eval_text, options.tokens, options.seq_len)
+    ready, before = prepared.made(common, out.with_name("prepared.pt"))
+    own = recipe.from_mapping({**common, **ROWS[name]})
+    state, start = out.with_name(f"{out.name}.state"), time.process_time()
+    model, result = pipeline.finish(own, ready, mend.Ward(state, out.with_name("teacher")))
+    seconds = before + time.process_time() - start
+    eckart.save(model, ready.loaded.tokenizer, out, result, overwrite=True)
     shutil.rmtree(state, ignore_errors=True)
     return File(out, hub.weight_bytes(out), seconds, {"recipe": ROWS[name], "stages": result.seconds})
 

@@ -1,6 +1,7 @@
 """A calibrated and decomposed model, made once: it serves every budget and every storage."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,24 @@ def base(model: str, text: list[str], eval_text: list[str], tokens: int, seq_len
     }  # fmt: skip
 
 
-def made(common: Mapping[str, Any], cache: Path) -> Prepared:
-    """Return what is in `cache`, made now where nothing is: storages are to be chosen by `finish`."""
+def made(common: Mapping[str, Any], cache: Path) -> tuple[Prepared, float]:
+    """Return what is in `cache`, made now where nothing is, and the seconds that it took.
+
+    Storages are to be chosen by `finish`.
+    """
     if not cache.is_file():
         own = recipe.from_mapping({**common, "size": "1GB"})
+        start = time.process_time()
         found = pipeline.prepare(own, pipeline.load_for(own), print_progress)
+        seconds = time.process_time() - start
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(".partial")
-        torch.save(dataclasses.replace(found, run=None), partial)  # type: ignore[arg-type]
+        torch.save((dataclasses.replace(found, run=pipeline.Run(print_progress)), seconds), partial)
         partial.replace(cache)
-    loaded: Prepared = torch.load(cache, weights_only=False)
-    return dataclasses.replace(loaded, run=pipeline.Run(print_progress))
+    loaded: tuple[Prepared, float] = torch.load(cache, weights_only=False)
+    return loaded
 
 
 def print_progress(stage: str, done: int, total: int) -> None:
     if done in (0, total) or done % max(1, total // 8) == 0:
         print(f"  {stage}: {done} of {total}", flush=True)
-

@@ -6,9 +6,10 @@ matrix by parts of CHUNK entries, which stay in the cache: less memory traffic t
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import lcm
 from typing import Any, cast
 
 import torch
@@ -45,13 +46,10 @@ def linear(
         with torch.autocast(device, enabled=False):
             return linear(inputs.to(torch.get_autocast_dtype(device)), storage, tensors, shape, bias)
     compiled = torch.compiler.is_compiling()
-    out: Tensor
     if compiled and storage.mixed:
-        out = _uncompiled(inputs, storage, tensors, shape)
-    elif torch.is_grad_enabled() and inputs.requires_grad and not compiled:
-        out = _apply(inputs, storage, tensors, shape)
-    else:
-        out = _forward(inputs, storage, tensors, shape)
+        return _uncompiled(inputs, storage, tensors, shape, bias)
+    with_gradient = torch.is_grad_enabled() and inputs.requires_grad and not compiled
+    out: Tensor = (_apply if with_gradient else _forward)(inputs, storage, tensors, shape)
     return out if bias is None else out + bias.to(out.dtype)
 
 
@@ -82,9 +80,7 @@ class _Product(torch.autograd.Function):
 _apply: Any = _Product.apply
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _uncompiled(inputs: Tensor, storage: Storage, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
-    return linear(inputs, storage, tensors, shape)
+_uncompiled: Callable[..., Tensor] = torch.compiler.disable(linear)  # type: ignore[no-untyped-call]
 
 
 def _forward(inputs: Tensor, storage: Storage, tensors: Mapping[str, Tensor], shape: Shape) -> Tensor:
@@ -209,25 +205,39 @@ def _levels(storage: Storage, codes: Tensor, shape: Shape) -> Tensor:
     if codes.device.type != "cpu" or torch.compiler.is_compiling():
         levels = storage.levels.to(codes.device)
         return levels[formats.unpack_bits(codes, storage.width, count).to(torch.int64)].view(shape)
-    if storage.width == 3:
-        three = codes.view(-1, 3).to(torch.int32)
-        words = torch.stack([three[:, 0] << 4 | three[:, 1] >> 4, (three[:, 1] & 15) << 8 | three[:, 2]], 1)
-    else:
-        words = codes.to(torch.int32)
-    # All levels of a byte are one number of 8 or 16 bytes: this is what makes it fast.
-    found = _level_table(storage).index_select(0, words.view(-1))
+    # All levels of a word are one number of 8 or 16 bytes: this is what makes it fast.
+    found = _level_table(storage).index_select(0, _words(codes, _word_bits(storage.width)))
     return found.view(torch.float32)[:count].view(shape)
+
+
+def _word_bits(width: int) -> int:
+    """Return the bits that are looked up at once: two codes or four, 8 to 12 bits."""
+    return 4 * width if width < 4 else 2 * width
+
+
+def _words(stream: Tensor, bits: int) -> Tensor:
+    """Return a stream of bytes as words, int32, of 8, 10 or 12 bits."""
+    if bits == 8:
+        return stream.to(torch.int32)
+    together = lcm(bits, 8)
+    parts = stream.view(-1, together // 8).to(torch.int32)
+    words = []
+    for start in range(0, together, bits):
+        first, offset = start // 8, start % 8
+        pair = parts[:, first] << 8 | parts[:, first + 1]
+        words.append(pair >> (16 - bits - offset) & (2**bits - 1))
+    return torch.stack(words, dim=1).view(-1)
 
 
 @cache
 def _level_table(storage: Storage) -> Tensor:
-    """Return the levels of every byte (3 bits: of every 12), together as one float64 or complex128."""
-    bits = 12 if storage.width == 3 else 8
+    """Return the levels of every word, together as one float64 or complex128."""
+    bits = _word_bits(storage.width)
     with torch.inference_mode(False):
         words = torch.arange(2**bits, device="cpu")
         shifts = torch.arange(bits - storage.width, -1, -storage.width, device="cpu")
         levels = storage.levels.cpu()[(words[:, None] >> shifts) & (2**storage.width - 1)]
-        return levels.view(torch.float64 if storage.width == 4 else torch.complex128).view(-1)
+        return levels.view(torch.float64 if len(shifts) == 2 else torch.complex128).view(-1)
 
 
 @cache

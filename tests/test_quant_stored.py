@@ -152,6 +152,12 @@ class TestLinear:
         (gradient,) = torch.autograd.grad(out.sum(), x)
         assert gradient.dtype == torch.float32
 
+    @pytest.mark.parametrize("tokens", [1, 8, 9])
+    def test_int8_of_few_tokens_in_bfloat16(self, tokens: int) -> None:
+        module = stored(linear((70, 192)), "int8")
+        x = inputs(module, tokens, dtype=torch.bfloat16)
+        assert close(module(x), plain_of(module)(x.to(torch.float32)).to(torch.bfloat16), 192)
+
     def test_codes_do_not_overflow_float16(self) -> None:
         plain = nn.Linear(4096, 2, bias=False)
         nn.init.constant_(plain.weight, 0.01)

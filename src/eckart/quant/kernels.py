@@ -205,39 +205,45 @@ def _levels(storage: Storage, codes: Tensor, shape: Shape) -> Tensor:
     if codes.device.type != "cpu" or torch.compiler.is_compiling():
         levels = storage.levels.to(codes.device)
         return levels[formats.unpack_bits(codes, storage.width, count).to(torch.int64)].view(shape)
-    # All levels of a word are one number of 8 or 16 bytes: this is what makes it fast.
-    found = _level_table(storage).index_select(0, _words(codes, _word_bits(storage.width)))
-    return found.view(torch.float32)[:count].view(shape)
+    found = _by_bytes(storage, codes) if 8 % storage.width == 0 else _by_sums(storage.width, codes)
+    return found.view(-1)[:count].view(shape)
 
 
-def _word_bits(width: int) -> int:
-    """Return the bits that are looked up at once: two codes or four, 8 to 12 bits."""
-    return 4 * width if width < 4 else 2 * width
-
-
-def _words(stream: Tensor, bits: int) -> Tensor:
-    """Return a stream of bytes as words, int32, of 8, 10 or 12 bits."""
-    if bits == 8:
-        return stream.to(torch.int32)
-    together = lcm(bits, 8)
-    parts = stream.view(-1, together // 8).to(torch.int32)
-    words = []
-    for start in range(0, together, bits):
-        first, offset = start // 8, start % 8
-        pair = parts[:, first] << 8 | parts[:, first + 1]
-        words.append(pair >> (16 - bits - offset) & (2**bits - 1))
-    return torch.stack(words, dim=1).view(-1)
+def _by_bytes(storage: Storage, stream: Tensor) -> Tensor:
+    """Look up all levels of a byte as one number of 8 or 16 bytes: this is what makes it fast."""
+    return _level_table(storage).index_select(0, stream.to(torch.int32)).view(torch.float32)
 
 
 @cache
 def _level_table(storage: Storage) -> Tensor:
-    """Return the levels of every word, together as one float64 or complex128."""
-    bits = _word_bits(storage.width)
+    """Return the levels of every byte (256,), together as a float64 or complex128."""
     with torch.inference_mode(False):
-        words = torch.arange(2**bits, device="cpu")
-        shifts = torch.arange(bits - storage.width, -1, -storage.width, device="cpu")
-        levels = storage.levels.cpu()[(words[:, None] >> shifts) & (2**storage.width - 1)]
-        return levels.view(torch.float64 if len(shifts) == 2 else torch.complex128).view(-1)
+        shifts = torch.arange(8 - storage.width, -1, -storage.width, device="cpu")
+        codes = (torch.arange(256, device="cpu")[:, None] >> shifts) & (2**storage.width - 1)
+        pairs = torch.float64 if len(shifts) == 2 else torch.complex128
+        return storage.levels.cpu()[codes].view(pairs).view(-1)
+
+
+def _by_sums(width: int, stream: Tensor) -> Tensor:
+    """Return levels that are their codes as sums of what every byte of a whole number of codes adds."""
+    table, offsets = _sum_table(width)
+    padded = functional.pad(stream, (0, -len(stream) % len(offsets)))
+    places = padded.to(torch.int32).view(-1, len(offsets)) + offsets
+    return functional.embedding_bag(places.view(-1, len(table) // 256), table, mode="sum")
+
+
+@cache
+def _sum_table(width: int) -> tuple[Tensor, Tensor]:
+    """Return what each value of each of the bytes adds to the codes in them, and where each byte's begin."""
+    size, codes = lcm(width, 8) // 8, lcm(width, 8) // width
+    with torch.inference_mode(False):
+        shifts = torch.arange(8 * size - 8, -1, -8, device="cpu")
+        words = torch.arange(256, device="cpu") << shifts[:, None]
+        places = torch.arange(width * (codes - 1), -1, -width, device="cpu")
+        table = (words.view(-1, 1) >> places) & (2**width - 1)
+        # 64 times over: one long addition instead of many short ones.
+        offsets = (256 * torch.arange(size, dtype=torch.int32, device="cpu")).repeat(64)
+        return table.to(torch.float32), offsets
 
 
 @cache

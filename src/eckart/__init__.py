@@ -20,8 +20,9 @@ from .errors import (
     StoreError,
 )
 from .healing import Healing
+from .overrides import Override
 from .plugin import densify
-from .recipe import Override, Recipe
+from .recipe import Recipe
 from .stats import collect
 
 __all__ = [

@@ -13,7 +13,8 @@ from .errors import ConfigError, ModelError
 from .healing import Healing
 from .measure import Comparison, Perplexity
 from .methods import Allocation, Shape
-from .recipe import Of, Override, Recipe
+from .overrides import Override
+from .recipe import Of, Recipe
 from .result import Healed, Result
 
 Sources = str | Path | Sequence[str | Path]
@@ -38,6 +39,9 @@ def compress(
     form: Shape | None = None,
     storage: str | None = None,
     embeddings: str | None = None,
+    correction: str | None = None,
+    correction_rank: int | None = None,
+    correction_storage: str | None = None,
     stock: bool | None = None,
     depth: bool | None = None,
     text: Sources | None = None,
@@ -85,7 +89,8 @@ def compress(
     given = {
         "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy, "method": method,
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
-        "stock": stock, "depth": depth,
+        "correction": correction, "correction_rank": correction_rank,
+        "correction_storage": correction_storage, "stock": stock, "depth": depth,
         "text": _sources(text), "eval_text": _sources(eval_text),
         "include": _sources(include), "exclude": _sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),
@@ -107,6 +112,9 @@ def quantise(
     storage: str | None = None,
     *,
     embeddings: str | None = None,
+    correction: str | None = None,
+    correction_rank: int | None = None,
+    correction_storage: str | None = None,
     text: Sources | None = None,
     eval_text: Sources | None = None,
     foreign_text: Sources | None = None,
@@ -130,6 +138,10 @@ def quantise(
         model: a hub id, a folder, a .gguf file, or a model, which is changed in place.
         storage: of the matrices of the blocks, a name of eckart.quant.storage.STORAGES, or float.
         embeddings: storage of the embeddings and of the output head; default: the same.
+        correction: a low-rank correction of each matrix that is whole, a row of
+            eckart.quant.correction.METHODS; compressed ones have none.
+        correction_rank: in all they take at most the bytes of this rank in each (16).
+        correction_storage: of their factors (int8).
 
     The others are as in `compress`.
 
@@ -143,6 +155,8 @@ def quantise(
     """
     given = {
         "keep": 1.0, "storage": storage, "embeddings": embeddings, "text": _sources(text),
+        "correction": correction, "correction_rank": correction_rank,
+        "correction_storage": correction_storage,
         "eval_text": _sources(eval_text), "foreign_text": _sources(foreign_text), "method": method,
         "exclude": _sources(exclude), "tokens": tokens, "gradient_tokens": gradient_tokens,
         "seq_len": seq_len, "seed": seed, "dtype": dtype, "device": device,

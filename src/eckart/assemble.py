@@ -16,6 +16,7 @@ from .heads import Heads, PairNarrowing, ValueNarrowing, places
 from .linalg import WeightedSVD
 from .models import Target
 from .quant import storage
+from .quant.corrected import CorrectedLinear
 from .recipe import FLOAT
 from .result import Module
 
@@ -140,19 +141,25 @@ def _partial(model: nn.Module, heads: Heads, part: Part, choice: Choice) -> Part
 
 
 def updated(found: Sequence[Module], targets: Sequence[Target], model: nn.Module) -> list[Module]:
-    """Return the rows with the ranks that the low-rank matrices of `model` have now.
+    """Return the rows with the ranks that the low-rank matrices of `model`, and corrections, have now.
 
     `targets` are those of `model`: of the rows in order, without what was dropped.
     """
     made, names = [], iter([target.name for target in targets])
     for row in found:
         name = row.name if row.form == "dropped" else next(names)
-        if row.form in FORMS:
-            module = model.get_submodule(name)
-            if isinstance(module, FactoredLinear | PivotedLinear) and module.rank != row.rank:
-                row = replace(row, rank=module.rank, after=parameters(module.kind, row.shape, module.rank))
+        module = None if row.form == "dropped" else model.get_submodule(name)
+        if isinstance(module, CorrectedLinear):
+            row = corrected(row, module)
+        elif isinstance(module, FactoredLinear | PivotedLinear) and module.rank != row.rank:
+            row = replace(row, rank=module.rank, after=parameters(module.kind, row.shape, module.rank))
         made.append(row)
     return made
+
+
+def corrected(row: Module, module: CorrectedLinear) -> Module:
+    """Return the row of a matrix that has a correction."""
+    return replace(row, form=module.kind, rank=module.rank, after=row.after + module.rank * sum(row.shape))
 
 
 def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:

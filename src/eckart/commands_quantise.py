@@ -7,6 +7,7 @@ import typer
 
 from . import api, hub, quantising, recipe, render
 from .bars import Bars
+from .quant.correction import METHODS
 from .terminal import (
     AsJson,
     Bos,
@@ -28,6 +29,16 @@ def quantise(
     storage: Storage = None,
     embeddings: Annotated[
         str | None, typer.Option(help="Storage of embeddings and output head; default: the same.")
+    ] = None,
+    correction: Annotated[
+        str | None,
+        typer.Option(help=f"Low-rank corrections of whole matrices: {', '.join(METHODS)}. Default: none."),
+    ] = None,
+    correction_rank: Annotated[
+        int | None, typer.Option(help="They take the bytes of this rank in every matrix (16).")
+    ] = None,
+    correction_storage: Annotated[
+        str | None, typer.Option(help="Storage of their factors (int8), or float.")
     ] = None,
     text: Sources = None,
     eval_text: EvalSources = None,
@@ -51,6 +62,8 @@ def quantise(
     """Store a model, dense or compressed, in few bits; ranks and widths stay."""
     given = {
         "model": model, "keep": 1.0, "storage": storage, "embeddings": embeddings, "method": method,
+        "correction": correction, "correction_rank": correction_rank,
+        "correction_storage": correction_storage,
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),
         "foreign_text": tuple(foreign_text or ()), "exclude": tuple(exclude or ()), "tokens": tokens,
         "gradient_tokens": gradient_tokens, "seq_len": seq_len, "eval_tokens": eval_tokens, "seed": seed,

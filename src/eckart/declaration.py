@@ -12,13 +12,14 @@ from . import models, stores
 from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import StoreError
 from .factors import FORMS, FactoredLinear, NarrowLinear, PartialLinear
+from .quant.corrected import CorrectedLinear
 from .quant.storage import STORAGES
-from .quant.stored import StoredHead, StoredLinear
+from .quant.stored import StoredLinear
 
 NAME = "eckart"
 FORMAT = 4
 READS = (1, 2, 3, 4)
-KINDS = (*FORMS, FactoredEmbedding.kind, FactoredHead.kind)
+KINDS = (*FORMS, CorrectedLinear.kind, FactoredEmbedding.kind, FactoredHead.kind)
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
 
@@ -29,13 +30,14 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Args:
         modules: dotted name -> {"kind": k, "rank": r}, where k is factored or pivoted for an
             nn.Linear (a factored one may say "basis": the name of another whose right factor it shares),
+            corrected for one that is whole, with a low-rank correction beside it,
             embedding for an nn.Embedding, head for an nn.Linear that is tied to it; or
             {"kind": "narrow", "shape": [m, n], "copies": c} for an nn.Linear that lost rows or
             columns (eckart.factors.NarrowLinear); or {"kind": "partial", "kept": k, "side": s} for one
             that stores some of its rows or columns (eckart.factors.PartialLinear).
         storage: dotted name of an nn.Linear or nn.Embedding, or of one inside of the modules above -> the
-            name of its storage (eckart.quant.storage.STORAGES); or {"table": t} for an output head
-            that is tied to the stored embeddings t.
+            name of its storage (eckart.quant.storage.STORAGES); or {"table": t} for what is tied in an
+            output head to the stored embeddings t.
         format: version of this declaration and of the tensors' names.
 
     Raises:
@@ -125,7 +127,7 @@ def declare(model: nn.Module) -> EckartConfig:
 
 
 def _stored(model: nn.Module, module: stores.StoredModule) -> str | dict[str, str]:
-    if not isinstance(module, StoredHead):
+    if not isinstance(module, stores.Tied):
         return module.storage.name
     names: dict[nn.Module, str] = {part: name for name, part in model.named_modules()}
     return {"table": names[module.table]}

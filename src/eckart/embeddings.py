@@ -54,7 +54,7 @@ class FactoredHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map `hidden` (..., d) to logits (..., v)."""
-        return cast(Tensor, self.codes(hidden @ self.up.weight))
+        return cast(Tensor, self.codes(hidden @ self.up.weight.to(hidden.dtype)))
 
 
 @torch.no_grad()

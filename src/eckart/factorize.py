@@ -195,7 +195,7 @@ def factor_block(
     readers = {dimension.reader: dimension for dimension in dimensions}
     parts: dict[str, Part] = {}
     for target in group:
-        weight, unit = models.weight(model, target), _unit(method, calibrated, target.name)
+        weight, unit = models.weight(model, target), loss_unit(method, calibrated, target.name)
         metrics = matrix_metrics(recipe, target, calibrated, shared)
         svd = weighted_svd(weight, *metrics) if target.form(method.low_rank) is not None else None
         rounding = _noise(target, weight, metrics, svd) if recipe.stores else None
@@ -245,7 +245,7 @@ def matrix_metrics(
     return shared[leader], methods.output_metric(method, stats, target.name, outputs, damp)
 
 
-def _unit(method: methods.Method, calibrated: Calibrated, name: str) -> float:
+def loss_unit(method: methods.Method, calibrated: Calibrated, name: str) -> float:
     """Return (N_module / N) / 2, which turns tr(C D H D^T) into loss per token; 1 where C is not known."""
     if method.outputs != "gradient":
         return 1.0

@@ -16,14 +16,18 @@ from transformers import PreTrainedModel
 from .embeddings import FactoredEmbedding, FactoredHead, share
 from .errors import ModelError
 from .factors import FactoredLinear, Form, LowRankLinear, NarrowLinear, PartialLinear
-from .quant.stored import StoredEmbedding, StoredHead, StoredLinear
+from .quant.corrected import CorrectedLinear
+from .quant.stored import StoredEmbedding, StoredHead, StoredLinear, StoredReturn
 
-LowRankModule = LowRankLinear | NarrowLinear | PartialLinear | FactoredEmbedding | FactoredHead
+LowRankModule = (
+    LowRankLinear | NarrowLinear | PartialLinear | CorrectedLinear | FactoredEmbedding | FactoredHead
+)
 
 # Module kinds whose matrices are not projections: normalisation, position tables, short convolutions.
 _NOT_PROJECTIONS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d)
 _UNTREATED_SHARE = 0.02
 _PROBE_TOKENS = 16
+_PRODUCTS = (nn.Linear, StoredLinear, StoredHead, StoredReturn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +268,17 @@ def dense_linear(module: LowRankLinear | NarrowLinear | PartialLinear) -> nn.Lin
     return linear
 
 
+@torch.no_grad()
+def dense_corrected(module: CorrectedLinear, dtype: torch.dtype) -> nn.Linear:
+    """Return the nn.Linear (m, n) in `dtype` that computes what `module` does, summed in float64."""
+    weight, bias = module.dense_weight(), module.dense_bias()
+    linear = nn.Linear(module.in_features, module.out_features, bias is not None, "meta")
+    linear.weight = nn.Parameter(weight.to(dtype))
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.to(dtype))
+    return linear
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` is, in the training mode of what it replaces."""
     module.train(model.get_submodule(name).training)
@@ -344,7 +359,7 @@ def flops_per_token(model: nn.Module) -> int:
 
     Attention scores, which depend on the length of the text, and elementwise work are not counted.
     """
-    linears = (m for m in model.modules() if isinstance(m, nn.Linear | StoredLinear | StoredHead))
+    linears = (m for m in model.modules() if isinstance(m, _PRODUCTS))
     return sum(2 * linear.in_features * linear.out_features for linear in linears)
 
 

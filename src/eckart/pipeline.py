@@ -364,7 +364,7 @@ def _measure(run: Run, name: str, model: Any, rows: Tensor | None) -> measure.Pe
 def _calibrated(
     recipe: Recipe, model: Any, found: Sequence[Target], rows: Tensor | None, progress: measure.Progress
 ) -> Calibrated:
-    statistics = recipe.resolved_method().statistics()
+    statistics = recipe.statistics()
     if rows is None or not statistics:
         rows = torch.zeros(0, 2, dtype=torch.int64)
     return calibrate(

@@ -25,7 +25,7 @@ from . import models, stores
 from .declaration import NAME, EckartConfig, declare
 from .embeddings import FactoredEmbedding, FactoredHead, dense_embedding
 from .factors import NarrowLinear
-from .quant.stored import StoredHead
+from .quant.corrected import CorrectedLinear
 from .skeleton import build_skeleton, check_files
 
 GUARD = "eckart: this model needs the eckart package; pip install eckart, and import eckart first"
@@ -59,7 +59,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in stores.stored(model).items():
-            if not isinstance(module, StoredHead):
+            if not isinstance(module, stores.Tied):
                 module.check(name)
         return attach(model, self)
 
@@ -114,7 +114,9 @@ def guard_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     low_rank = models.low_rank_modules(model).items()
     found = [name for name, module in low_rank if not isinstance(module, NarrowLinear)]
-    found = found or [name for name, part in stores.stored(model).items() if not isinstance(part, StoredHead)]
+    found = found or [
+        name for name, part in stores.stored(model).items() if not isinstance(part, stores.Tied)
+    ]
     return {f"{name}.weight": next(model.parameters()).new_empty(0) for name in found[:1]}
 
 
@@ -145,6 +147,9 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model: a model with such modules (without any, it is returned as it is).
         dtype: cast the result, a torch.dtype or its name; default: as it is.
     """
+    for name, module in models.low_rank_modules(model).items():
+        if isinstance(module, CorrectedLinear):
+            models.replace(model, name, models.dense_corrected(module, model.dtype))
     stores.unstore(model)
     tied = bool(models.bases(model))
     for name, module in models.low_rank_modules(model).items():
@@ -154,7 +159,7 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
             models.replace(model, name, dense)
         elif isinstance(module, FactoredEmbedding):
             models.replace(model, name, dense_embedding(module))
-        else:
+        elif not isinstance(module, CorrectedLinear):
             models.replace(model, name, models.dense_linear(module))
     if tied:
         models.untie(model)

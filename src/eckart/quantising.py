@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import hub, measure, memory, models, plugin, storing, windows
+from . import assemble, correcting, hub, measure, memory, models, plugin, storing, windows
 from .accounting import sizes
 from .calibrate import Calibrated, calibrate
 from .embeddings import FactoredEmbedding, FactoredHead
@@ -21,6 +21,7 @@ from .result import Module, Quality, Result
 from .stores import stored
 
 Watch = Callable[[str, int, int], None]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def holdings(model: nn.Module, recipe: Recipe) -> list[Held]:
     """Return what `recipe` stores of `model`: the low-rank modules and nn.Linear of the blocks, and the ends.
 
     Raises:
-        ModelError: the model is stored in few bits already, or its embeddings are factored.
+        ModelError: the model is stored in few bits already.
     """
     if stored(model):
         raise ModelError(
@@ -57,10 +58,25 @@ def holdings(model: nn.Module, recipe: Recipe) -> list[Held]:
             found.append(Held(target, kind, str(getattr(module, "kind", "dense")), int(rank)))
     if recipe.embeddings_storage == FLOAT:
         return found
-    if any(isinstance(module, FactoredEmbedding) for module in model.modules()):
-        raise ModelError("the embeddings are factored, and such are kept in float: give embeddings float")
+    kind = recipe.embeddings_storage
     ends = models.ends(model, [held.target for held in found], recipe.exclude)
-    return [*found, *(Held(end, recipe.embeddings_storage, "dense", min(end.shape)) for end in ends)]
+    return [
+        *found,
+        *(Held(end, kind, "factored", rank) for end, rank in _factored_ends(model, recipe)),
+        *(Held(end, kind, "dense", min(end.shape)) for end in ends),
+    ]
+
+
+def _factored_ends(model: nn.Module, recipe: Recipe) -> list[tuple[Target, int]]:
+    """Return the factored embeddings, with the head that is tied to them, and their rank."""
+    parts = models.low_rank_modules(model)
+    heads = {id(module.up.weight): name for name, module in parts.items() if isinstance(module, FactoredHead)}
+    return [
+        (Target(name, shape, True, heads.get(id(module.up.weight)), False), module.rank)
+        for name, module in parts.items()
+        if isinstance(module, FactoredEmbedding) and models.match_one(name, recipe.exclude) is None
+        for shape in [(module.embedding_dim, module.num_embeddings)]
+    ]
 
 
 def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> tuple[Any, Result]:
@@ -88,11 +104,7 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
 
     dense = measured("measure before")
     calibrated = _calibrated(recipe, model, found, texts.calibration, show)
-    for done, held in enumerate(found, 1):
-        if held.storage != FLOAT:
-            inputs, outputs = _metrics(recipe, calibrated, held.target)
-            storing.round_module(model, held.target.name, held.storage, inputs, outputs)
-        show("round", done, len(found))
+    _store(recipe, model, found, calibrated, lambda done, total: show("round", done, total))
     plugin.mark(model)
     computed = model.dtype
     after = sizes(models.cast(model, dtype), targets, dtype)
@@ -104,7 +116,7 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
         source=loaded.source,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        modules=[_row(held) for held in found],
+        modules=assemble.updated([_row(held) for held in found], targets, model),
         before=before,
         after=after,
         source_bytes=loaded.bytes,
@@ -119,6 +131,28 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
         warnings=warnings,
         foreign=Quality.of(dense[1], None, now[1]),
     )
+
+
+def _store(
+    recipe: Recipe, model: nn.Module, found: Sequence[Held], calibrated: Calibrated, progress: Progress
+) -> None:
+    """Store all of `found`, those that are whole with corrections where the recipe has them."""
+    wanted = [held for held in found if held.storage != FLOAT]
+    whole: list[correcting.Whole] = []
+    if recipe.correction is not None:
+        whole = [
+            correcting.Whole(held.target, held.target.name, held.storage)
+            for held in wanted
+            if held.form == "dense" and held.target.ranked
+        ]
+        storing.check_corrected(recipe, whole)
+        correcting.correct(recipe, model, whole, calibrated, progress)
+    corrected = {one.name for one in whole}
+    others = [held for held in wanted if held.target.name not in corrected]
+    for done, held in enumerate(others, 1):
+        inputs, outputs = _metrics(recipe, calibrated, held.target)
+        storing.round_module(model, held.target.name, held.storage, inputs, outputs)
+        progress(done, len(others))
 
 
 def check(recipe: Recipe) -> None:
@@ -138,7 +172,7 @@ def _row(held: Held) -> Module:
 def _calibrated(
     recipe: Recipe, model: Any, found: Sequence[Held], rows: torch.Tensor | None, show: Watch
 ) -> Calibrated:
-    statistics = recipe.resolved_method().statistics()
+    statistics = recipe.statistics()
     if rows is None or not statistics:
         rows = torch.zeros(0, 2, dtype=torch.int64)
     return calibrate(

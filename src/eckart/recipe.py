@@ -12,8 +12,11 @@ from .construct import construct, parse_size
 from .errors import ConfigError
 from .healing import Healing
 from .methods import ALLOCATIONS, SHAPES, Allocation, Method, Shape
+from .overrides import Override, check_number, rank_rule
+from .quant import correction
 from .quant.storage import STORAGES
 from .ranks import Energy, Fixed, Keep
+from .stats import Statistic
 from .width import LANDMARKS, Landmarks
 
 Of = Literal["model", "linears"]
@@ -21,6 +24,7 @@ Labels = Literal["text", "sampled"]
 AUTO, FLOAT = "auto", "float"
 """Storages that are none: chosen per matrix, and the output dtype."""
 _STOCK_MULTIPLE = 32
+_CORRECTION_RANK, _CORRECTION_STORAGE = 16, "int8"
 _BUDGETS = ("keep", "size", "rank", "energy")
 _LISTS = ("text", "eval_text", "foreign_text", "include", "exclude", "overrides")
 _CHOICES: dict[str, tuple[str, ...]] = {
@@ -33,6 +37,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float32", "bfloat16", "float16"),
     "storage": (AUTO, FLOAT, *STORAGES),
     "embeddings": (AUTO, FLOAT, *STORAGES),
+    "correction": tuple(correction.METHODS),
+    "correction_storage": (FLOAT, *STORAGES),
 }
 _SWITCHES = ("stock", "depth", "bos", "trust_remote_code")
 _NUMBERS = ("keep", "energy", "damp", "alpha")
@@ -44,45 +50,8 @@ _AT_LEAST = {
     "seq_len": 2,
     "eval_tokens": 2,
     "rank": 1,
+    "correction_rank": 1,
 }
-
-
-def _check_number(name: str, value: object) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
-        raise ConfigError(f"{name} {value!r}: must be a number")
-
-
-@dataclass(frozen=True, slots=True)
-class Override:
-    """A rule for the modules that `match` (a glob): exactly one of rank, keep, energy, dense."""
-
-    match: str
-    rank: int | None = None
-    keep: float | None = None
-    energy: float | None = None
-    dense: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("rank", "keep", "energy"):
-            _check_number(f"override {self.match!r}: {name}", getattr(self, name))
-        if not isinstance(self.dense, bool):
-            raise ConfigError(f"override {self.match!r}: dense {self.dense!r}: must be true or false")
-        given = [self.rank is not None, self.keep is not None, self.energy is not None, self.dense]
-        if sum(given) != 1:
-            raise ConfigError(f"override {self.match!r}: give exactly one of rank, keep, energy, dense")
-        self.rule()
-
-    def rule(self) -> Fixed | Keep | Energy | None:
-        """Return the rank rule, None for dense."""
-        return _rule(self.rank, self.keep, self.energy)
-
-
-def _rule(rank: int | None, keep: float | None, energy: float | None) -> Fixed | Keep | Energy | None:
-    if rank is not None:
-        return Fixed(rank)
-    if keep is not None:
-        return Keep(keep)
-    return None if energy is None else Energy(energy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +96,11 @@ class Recipe:
             `auto`: chosen per matrix together with its rank. Default: auto where a size is given and the
             allocation is by curvature, else float.
         embeddings: storage of the embeddings and of the output head; default: the same.
+        correction: of what storage does to the matrices of the blocks, by low-rank matrices beside them: a
+            row of eckart.quant.correction.METHODS; default: none.
+        correction_rank: their bytes in all are at most those of this rank in every matrix; the curvature
+            shares them out where the method has gradients. Default: 16.
+        correction_storage: of their factors; default: int8.
         device: default: cuda, mps or cpu, the first that is there.
         trust_remote_code: run the code that a model brings along.
 
@@ -167,6 +141,9 @@ class Recipe:
     dtype: str | None = None
     storage: str | None = None
     embeddings: str | None = None
+    correction: str | None = None
+    correction_rank: int | None = None
+    correction_storage: str | None = None
     device: str | None = None
     trust_remote_code: bool = False
 
@@ -179,7 +156,7 @@ class Recipe:
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} {getattr(self, name)!r}: must be true or false")
         for name in _NUMBERS:
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -190,6 +167,7 @@ class Recipe:
         self.check_budget()
         self.check_method()
         self.check_storage()
+        self.check_correction()
 
     def check_budget(self) -> None:
         """Raise ConfigError unless exactly one budget is given and it is legal."""
@@ -249,6 +227,34 @@ class Recipe:
                 "give keep with the storage"
             )
 
+    def check_correction(self) -> None:
+        """Raise ConfigError if the correction and the rest do not fit."""
+        if self.correction is None:
+            if (self.correction_rank, self.correction_storage) != (None, None):
+                raise ConfigError(f"there is no correction: name one of {', '.join(correction.METHODS)}")
+        elif self.stock:
+            raise ConfigError(f"stock needs no eckart to load, and correction {self.correction!r} does")
+        elif self.keep != 1:
+            raise ConfigError(
+                "a correction is for matrices that keep their rank, and its bytes are in no other budget: "
+                "give keep 1 with it"
+            )
+        elif self.matrices_storage == FLOAT:
+            raise ConfigError(
+                "a correction makes good what a storage of few bits does to the matrices, and these are "
+                f"stored in float: name a storage: {', '.join(STORAGES)}"
+            )
+
+    @property
+    def factors_rank(self) -> int:
+        """The rank of corrections that their bytes are counted by, with the default put in."""
+        return self.correction_rank or _CORRECTION_RANK
+
+    @property
+    def factors_storage(self) -> str:
+        """The storage of the factors of corrections, with the default put in."""
+        return self.correction_storage or _CORRECTION_STORAGE
+
     @property
     def matrices_storage(self) -> str:
         """The storage of the treated matrices, with the default put in."""
@@ -275,10 +281,19 @@ class Recipe:
             raise ConfigError(
                 f"method {self.method!r} looks at data: give text to calibrate on, or use method svd"
             )
+        if self.statistics() and not self.text:
+            raise ConfigError(
+                f"correction {self.correction!r} looks at data: give text, or use loftq or lorc"
+            )
+
+    def statistics(self) -> tuple[Statistic, ...]:
+        """Return the statistics that the method and the correction look at."""
+        own = () if self.correction is None else correction.get(self.correction).statistics()
+        return tuple(dict.fromkeys((*self.resolved_method().statistics(), *own)))
 
     def rule(self) -> Fixed | Keep | Energy | None:
         """Return the budget as a rank rule, None when it is a size."""
-        return _rule(self.rank, self.keep, self.energy)
+        return rank_rule(self.rank, self.keep, self.energy)
 
     def size_bytes(self) -> int | None:
         """Return the size budget in bytes, None when there is none."""

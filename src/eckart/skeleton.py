@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +15,8 @@ from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import StoreError
 from .factors import FORMS, MODULES, FactoredLinear, NarrowLinear, PartialLinear
 from .quant import storage
-from .quant.stored import StoredEmbedding, empty
+from .quant.corrected import CorrectedLinear
+from .quant.stored import StoredEmbedding, StoredLinear, empty
 
 
 def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
@@ -61,15 +62,23 @@ def _store(model: nn.Module, name: str, stored: str) -> None:
 
 
 def _store_head(model: Any, name: str, table: str) -> None:
-    """Put the head that reads the stored embeddings `table` where the head called `name` is."""
+    """Put what reads the stored embeddings `table` where the head, or a part of it, called `name` is."""
     modules = dict(model.named_modules())
     head, owner = modules.get(name), modules.get(table)
+    embedding = modules.get(table.removesuffix(".up"))
+    if type(head) is nn.Linear and isinstance(owner, StoredLinear) and _is_factored(embedding, owner):
+        stores.store_return(model, name, embedding)
+        return
     if type(head) is not nn.Linear or not isinstance(owner, StoredEmbedding):
         raise StoreError(
             f"config.json declares {name} as the head of the stored table {table}, and they are a "
             f"{type(head).__name__} and a {type(owner).__name__}: the folder is damaged or mixed"
         )
     stores.store_head(model, name, owner)
+
+
+def _is_factored(embedding: nn.Module | None, up: nn.Module) -> TypeGuard[FactoredEmbedding]:
+    return isinstance(embedding, FactoredEmbedding) and embedding.up is up
 
 
 def _share_basis(model: nn.Module, name: str, first: str) -> None:
@@ -86,9 +95,7 @@ def _share_basis(model: nn.Module, name: str, first: str) -> None:
 def _low_rank(name: str, dense: Any, spec: Mapping[str, Any]) -> nn.Module:
     """Return the low-rank module that `spec` declares for `dense`, uninitialised."""
     rank: int = spec["rank"]
-    if rank > min(dense.weight.shape):
-        shape = " x ".join(map(str, dense.weight.shape))
-        raise StoreError(f"config.json declares rank {rank} for {name}, which is {shape}")
+    _check_rank(name, dense, rank)
     if isinstance(dense, nn.Embedding):
         return FactoredEmbedding(dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
     makers: dict[str, type[Any]] = {"head": FactoredHead, **{form: MODULES[form] for form in FORMS}}
@@ -96,6 +103,19 @@ def _low_rank(name: str, dense: Any, spec: Mapping[str, Any]) -> nn.Module:
         dense.in_features, dense.out_features, rank, dense.bias is not None
     )
     return module
+
+
+def _corrected(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the linear with a correction that `spec` declares for `dense`, uninitialised."""
+    _check_rank(name, dense, spec["rank"])
+    base = nn.Linear(dense.in_features, dense.out_features, dense.bias is not None)
+    return CorrectedLinear(base, spec["rank"])
+
+
+def _check_rank(name: str, dense: Any, rank: int) -> None:
+    if rank > min(dense.weight.shape):
+        shape = " x ".join(map(str, dense.weight.shape))
+        raise StoreError(f"config.json declares rank {rank} for {name}, which is {shape}")
 
 
 def _narrow(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
@@ -124,6 +144,7 @@ def _partial(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
 _MAKERS: dict[str, Callable[[str, Any, Mapping[str, Any]], nn.Module]] = {
     NarrowLinear.kind: _narrow,
     PartialLinear.kind: _partial,
+    CorrectedLinear.kind: _corrected,
 }
 
 

@@ -223,7 +223,7 @@ def _hook(collector: _Collector, name: str) -> Callable[[nn.Module, tuple[Tensor
     def on_forward(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not args:
             raise ModelError(f"{name} is called by keyword: leave it out with --exclude")
-        width = module.num_embeddings if isinstance(module, nn.Embedding) else args[0].shape[-1]
+        width: int = getattr(module, "num_embeddings", args[0].shape[-1])
         collector.on_input(name, args[0], width)
         collector.on_output(name, args[0], output, width)
 

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from . import models
+from .embeddings import FactoredEmbedding, FactoredHead
 from .factors import NarrowLinear
 from .quant.grid import Grid
 from .quant.storage import Storage
-from .quant.stored import StoredEmbedding, StoredHead, StoredLinear
+from .quant.stored import StoredEmbedding, StoredHead, StoredLinear, StoredReturn
 
-StoredModule = StoredLinear | StoredEmbedding | StoredHead
+StoredModule = StoredLinear | StoredEmbedding | StoredHead | StoredReturn
+Tied = StoredHead | StoredReturn
 
 
 def stored(model: nn.Module) -> dict[str, StoredModule]:
@@ -22,7 +24,7 @@ def stored(model: nn.Module) -> dict[str, StoredModule]:
 def store(model: nn.Module, name: str, storage: Storage, codes: Tensor, grid: Grid) -> None:
     """Put the stored module of `codes` on `grid` where the plain nn.Linear or nn.Embedding `name` is.
 
-    An output head that is tied to it then reads the stored table.
+    An output head that is tied to it then reads what is stored.
     """
     plain = model.get_submodule(name)
     if isinstance(plain, nn.Embedding):
@@ -35,17 +37,36 @@ def store(model: nn.Module, name: str, storage: Storage, codes: Tensor, grid: Gr
             store_head(model, head, table)
         return
     assert isinstance(plain, nn.Linear)
+    heads = [
+        f"{other}.up"
+        for other, module in model.named_modules()
+        if isinstance(module, FactoredHead) and module.up.weight is plain.weight
+    ]
     models.replace(model, name, StoredLinear.of(plain, storage, codes, grid))
+    for head in heads:
+        store_return(model, head, model.get_submodule(name.removesuffix(".up")))
 
 
 def store_head(model: Any, name: str, table: StoredEmbedding) -> None:
     """Put a head that reads `table` where the head `name` is, and tell transformers that nothing is tied."""
     bias = models.find(model, name).bias
     models.replace(model, name, StoredHead(table, bias))
-    ends = {f"{name}.weight"}
+    _no_longer_tied(model, name)
+
+
+def store_return(model: Any, name: str, embedding: nn.Module) -> None:
+    """Put what reads the stored `up` of a factored `embedding` where `name`, that of its head, is."""
+    assert isinstance(embedding, FactoredEmbedding)
+    models.replace(model, name, StoredReturn(embedding))
+    _no_longer_tied(model, name)
+
+
+def _no_longer_tied(model: Any, name: str) -> None:
     for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
         keys = getattr(model, attribute, None) or {}
-        setattr(model, attribute, {key: other for key, other in dict(keys).items() if key not in ends})
+        setattr(
+            model, attribute, {key: other for key, other in dict(keys).items() if key != f"{name}.weight"}
+        )
 
 
 def unstored(module: StoredLinear | StoredEmbedding, dtype: torch.dtype) -> nn.Linear | nn.Embedding:
@@ -74,16 +95,20 @@ def unstored(module: StoredLinear | StoredEmbedding, dtype: torch.dtype) -> nn.L
 def unstore(model: Any) -> Any:
     """Replace every stored module of `model`, in place, by the plain one of the same function."""
     found = stored(model)
-    heads = {name: module for name, module in found.items() if isinstance(module, StoredHead)}
-    for name, module in found.items():
-        if not isinstance(module, StoredHead):
-            models.replace(model, name, unstored(module, model.dtype))
     names: dict[nn.Module, str] = {module: name for name, module in found.items()}
-    for name, head in heads.items():
-        plain = nn.Linear(head.in_features, head.out_features, False, "meta")
-        plain.weight = model.get_submodule(names[head.table]).weight
-        plain.register_parameter("bias", head.bias)
+    tables = {name: names[module.table] for name, module in found.items() if isinstance(module, Tied)}
+    for name, module in found.items():
+        if not isinstance(module, Tied):
+            models.replace(model, name, unstored(module, model.dtype))
+    for name, table in tables.items():
+        head: Any = found[name]
+        weight = model.get_submodule(table).weight
+        plain = nn.Linear(weight.shape[1], weight.shape[0], False, "meta")
+        plain.weight = weight
+        plain.register_parameter("bias", getattr(head, "bias", None))
         models.replace(model, name, plain)
-    if heads:
+    if any(isinstance(module, FactoredHead) for module in model.modules()):
+        models.tie(model)
+    elif tables:
         models.untie(model)
     return model

@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from . import dimensions, stores
+from . import correcting, dimensions, stores
 from .calibrate import Calibrated, calibrate
 from .choices import Choice
+from .embeddings import FactoredEmbedding
+from .errors import ModelError
 from .factorize import Decomposed, matrix_metrics
 from .linalg import Metric
-from .quant import leaves, rounding, storage
+from .quant import leaves, rounding, storage, tables
 from .recipe import FLOAT, Recipe
 
 Metrics = tuple[Metric, Metric]
@@ -38,6 +40,16 @@ def store(
         progress: called with (done, total).
     """
     wanted = [(choice, name) for choice, name in kept if choice.storage != FLOAT]
+    if recipe.correction is not None:
+        whole = [
+            correcting.Whole(choice.target, name, choice.storage)
+            for choice, name in wanted
+            if choice.form == "dense" and choice.target.ranked and not choice.target.embedding
+        ]
+        check_corrected(recipe, whole)
+        correcting.correct(recipe, model, whole, calibrated, progress)
+        done_with = {one.name for one in whole}
+        wanted = [(choice, name) for choice, name in wanted if name not in done_with]
     changed = [name for choice, name in wanted if choice.form == "partial"]
     own = _collected(recipe, model, changed, rows)
     members = {name: dimension for dimension in found.dimensions for name in dimension.members}
@@ -59,12 +71,21 @@ def store(
         progress(done, len(wanted))
 
 
+def check_corrected(recipe: Recipe, whole: Sequence[correcting.Whole]) -> None:
+    """Raise ModelError where there is nothing to correct."""
+    if not whole:
+        raise ModelError(
+            f"correction {recipe.correction!r} is for matrices that are whole and stored in few bits, and "
+            "the model has none in its blocks: leave out the correction, or take the dense model"
+        )
+
+
 def round_module(model: nn.Module, name: str, stored: str, inputs: Metric, outputs: Metric) -> None:
     """Store what the module `name` of `model` is made of, in place.
 
     Args:
         model: the model.
-        name: of a low-rank module, an nn.Linear, or an nn.Embedding (v, d).
+        name: of a low-rank module, an nn.Linear, or an embedding (v, d), factored or not.
         stored: the name of the storage.
         inputs: H (n, n), of an embedding table the metric (d, d) of its rows.
         outputs: C (m, m), of an embedding table the weights (v,) of its tokens.
@@ -76,6 +97,11 @@ def round_module(model: nn.Module, name: str, stored: str, inputs: Metric, outpu
         grid = kind.grid(weight)
         codes = rounding.compensated(weight, grid, inputs.moment, order=True)
         stores.store(model, name, kind, codes, grid)
+        return
+    if isinstance(module, FactoredEmbedding):
+        both = tables.quantise(module, kind, inputs.moment, outputs.moment)
+        for part, rounded in zip(("codes", "up"), both, strict=True):
+            stores.store(model, f"{name}.{part}", kind, rounded.codes, rounded.grid)
         return
     kinds = dict.fromkeys(leaves.leaves(module), kind)
     for part, found in leaves.quantise(module, kinds, inputs.moment, outputs.moment).items():

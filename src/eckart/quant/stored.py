@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..embeddings import FactoredEmbedding
 from ..errors import StoreError
 from ..factors import NarrowLinear
 from . import kernels
@@ -203,6 +204,47 @@ class StoredHead(nn.Module):
     def extra_repr(self) -> str:
         """Describe the head for print(model)."""
         return f"{self.in_features} -> {self.out_features}, {self.storage.name}, tied"
+
+
+class StoredReturn(nn.Module):
+    """What the head of a stored FactoredEmbedding multiplies by first: `up` of the embedding, its weight.
+
+    It holds nothing: `up` belongs to the embedding, which moves, saves and loads it.
+
+    Args:
+        embedding: whose `up` is stored.
+    """
+
+    def __init__(self, embedding: FactoredEmbedding) -> None:
+        super().__init__()
+        # In a tuple, so that the embedding is no child of the head.
+        self._tables = (embedding,)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.rank
+
+    @property
+    def table(self) -> StoredLinear:
+        """The stored map of the embedding."""
+        return cast(StoredLinear, self._tables[0].up)
+
+    @property
+    def storage(self) -> Storage:
+        """The storage of that map."""
+        return self.table.storage
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix (d, r), float32; while it is trained, what its master is rounded to."""
+        up: Any = self._tables[0].up
+        found: Tensor = up.rounded() if hasattr(up, "rounded") else up.dequantised()
+        return found
+
+    def dequantised(self) -> Tensor:
+        """Return the matrix (d, r) that is stored, float32."""
+        return self.table.dequantised()
+
+    def extra_repr(self) -> str:
+        """Describe the map for print(model)."""
+        return f"{self.in_features} -> {self.out_features}, tied"
 
 
 def empty(plain: Any, storage: Storage) -> StoredLinear | StoredEmbedding:

@@ -11,9 +11,10 @@ how). Memory and speed are those of the file as it is run: by AutoModel on the C
 that it has, by llama-bench; one thread, a prompt of 64 tokens, 64 tokens behind it, the median of 3.
 Memory is what is resident after loading and one token, for llama.cpp the peak up to there.
 
-Bytes are those of the weight files; a GGUF has its tokenizer inside. Seconds to make a row of eckart
-are of processor time, one thread, from the dense model on; those of a GGUF are without its importance matrix. Every row is a process of its own.
-Finished rows are kept, and the same command goes on after an interruption.
+Bytes are those of the weight files; a GGUF has its tokenizer inside. Seconds to make a row of eckart are of
+processor time, one thread, from the dense model on; those of a GGUF are without its importance matrix.
+Every row is a process of its own. Finished rows are kept, and the same command goes on after an
+interruption.
 """
 
 import argparse
@@ -106,7 +107,7 @@ def peer(options: argparse.Namespace, name: str, out: Path) -> File:
         LLAMA[name], tools, Path(options.model), words, options.tokens, options.seq_len, out.parent
     )
     how = {"types": made.types, "fallbacks": made.fallbacks, "version": llamacpp.version(tools)}
-    header = llamacpp.header_bytes(made.path)
+    header = llamacpp.header_bytes(tools, Path(options.model), out.parent)
     return File(made.path, made.path.stat().st_size, made.seconds, {**how, "header_bytes": header})
 
 

@@ -168,11 +168,14 @@ def as_float(tools: Path, path: Path, work: Path) -> Iterator[Path]:
         yield quantize(tools, path, Path(folder) / "decoded.gguf", Variant("F32")).path
 
 
-def header_bytes(path: Path) -> int:
-    """Return the bytes of a GGUF before its tensors: the tokenizer, above all."""
+def header_bytes(tools: Path, source: Path, work: Path) -> int:
+    """Return the bytes of a GGUF of `source` before its tensors: the tokenizer, above all.
+
+    It is read in the F32 file: the package gguf does not know all types of llama.cpp.
+    """
     from gguf import GGUFReader
 
-    return int(GGUFReader(path).data_offset)
+    return int(GGUFReader(decoded(tools, source, work)).data_offset)
 
 
 def speed(tools: Path, path: Path, prompt: int, new_tokens: int, repeats: int) -> dict[str, list[float]]:

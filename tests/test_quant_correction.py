@@ -14,7 +14,7 @@ from torch import Tensor
 from eckart.errors import ConfigError, NotFinite, RankError
 from eckart.factors import LowRank
 from eckart.linalg import Metric, weighted_error
-from eckart.quant import correction, storage
+from eckart.quant import correction, rounding, storage
 from eckart.quant.correction import METHODS, Rounders, correct, fit
 
 examples = hypothesis_settings(max_examples=15, deadline=None)
@@ -356,3 +356,42 @@ def test_methods_by_name() -> None:
         ("absolute",),
         ("gram", "gradient"),
     ]
+
+
+@given(st.integers(2, 12), st.data())
+@examples
+def test_a_relieved_metric_counts_its_dearest_directions_less(size: int, data: Any) -> None:
+    rank = data.draw(st.integers(1, size))
+    generator = torch.Generator().manual_seed(size)
+    samples = torch.randn(2 * size, size, generator=generator, dtype=torch.float64)
+    metric = samples.T @ samples
+    values, vectors = torch.linalg.eigh(metric)
+    relieved = correction.relieved(metric, rank)
+    seen = torch.diagonal(vectors.T @ relieved @ vectors)
+    assert torch.allclose(seen[: size - rank], values[: size - rank])
+    assert bool((seen[-rank:] < 0.1 * values[-rank:]).all())
+    assert torch.linalg.eigvalsh(relieved).min() > 0
+
+
+def test_rounded_in_relieved_metrics_a_matrix_is_corrected_better() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 96, generator=generator)
+
+    def moment(size: int) -> Tensor:
+        basis = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+        found: Tensor = (basis * torch.logspace(0, -3, size, dtype=torch.float64)) @ basis.T
+        return found
+
+    inputs, outputs, grid = moment(96), moment(64), storage.get("int4").grid(weight)
+    metrics, left = (Metric(96, inputs), Metric(64, outputs)), []
+    for taken in (0, 6):
+        seen = [correction.relieved(one, taken) if taken else one for one in (inputs, outputs)]
+        codes = rounding.two_sided(weight, grid, *seen, damp=0.0, output_damp=0.0)
+        error = weight.double() - grid.values(codes).double()
+        left.append(float(correction.tails(error, *metrics)[12]))
+    assert left[1] < 0.95 * left[0]
+
+
+def test_as_many_directions_as_there_are_can_be_relieved() -> None:
+    with pytest.raises(RankError, match="rank 4 for a 3 x 3 matrix: legal are 1 to 3"):
+        correction.relieved(torch.eye(3), 4)

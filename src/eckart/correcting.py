@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from . import models
 from .calibrate import Calibrated
 from .factorize import loss_unit, matrix_metrics
-from .linalg import Metric, to_float64
+from .linalg import Metric, to_float64, weighted_error
 from .models import Target
-from .quant import correction, leaves, storage
+from .quant import correction, leaves, rounding, storage
 from .quant.corrected import CorrectedLinear
 from .quant.correction import Fit, Rounders
 from .quant.storage import Storage
@@ -40,11 +40,14 @@ def correct(
 ) -> None:
     """Store the matrices `wanted` of `model`, in place, each with a correction of what that breaks.
 
-    Matrices are rounded with compensation in the metric of the recipe's method (eckart.quant.leaves), those
-    of loftq to nearest, as published. The corrections take at most the bytes of `recipe.factors_rank` in
-    every matrix. Where the method has gradients, the ranks are those of least loss by what is left in its
-    metric at every rank; else the losses have no common unit, and all matrices get that rank. A matrix of
-    rank 0 is stored alone.
+    Matrices are rounded with compensation in the metric of the recipe's method (eckart.quant.leaves), which
+    leaves less in it than rounding to nearest does at any rank; those of loftq to nearest, as published.
+    Those of eckart are rounded again when their rank is known, in metrics without the dearest directions
+    (eckart.quant.correction.relieved), and the better one is kept.
+
+    The corrections take at most the bytes of `recipe.factors_rank` in every matrix. Where the method has
+    gradients, the ranks are those of least loss by what is left in its metric at every rank; else the losses
+    have no common unit, and all matrices get that rank. A matrix of rank 0 is stored alone.
 
     Args:
         recipe: correction, method, damping.
@@ -58,8 +61,7 @@ def correct(
     for done, whole in enumerate(wanted, 1):
         metrics = matrix_metrics(recipe, whole.target, calibrated, {})
         job = _Job(recipe, model, whole, metrics)
-        found = job.round(job.linear.weight.detach())
-        first[whole.name] = job.storage.pack(found.codes, found.grid)
+        first[whole.name] = job.packed(job.round(job.linear.weight.detach()))
         if _shared_out(recipe):
             unit = loss_unit(recipe.resolved_method(), calibrated, whole.target.name)
             losses[whole.name] = correction.tails(job.error(first[whole.name]), *metrics, unit)
@@ -128,6 +130,21 @@ class _Job:
         plain.weight = nn.Parameter(weight)
         return leaves.quantise(plain, {"": self.storage}, *(metric.moment for metric in self.metrics))[""]
 
+    def round_relieved(self, weight: Tensor, rank: int) -> leaves.Rounded:
+        """Return codes and grid of `weight` (m, n) that is to have a correction of `rank`.
+
+        Half of its directions are taken out on each side: better on most matrices than all on one side.
+        """
+        inputs, outputs = self.metrics
+        along = Metric(inputs.size, inputs.moment, rounding.DAMP).dense()
+        down = Metric(outputs.size, outputs.moment, rounding.OUTPUT_DAMP).dense()
+        down = correction.relieved(down, rank - rank // 2)
+        if rank > 1:
+            along = correction.relieved(along, rank // 2)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], False, "meta")
+        plain.weight = nn.Parameter(weight)
+        return leaves.quantise(plain, {"": self.storage}, along, down, damp=0.0, output_damp=0.0)[""]
+
     def error(self, packed: Mapping[str, Tensor]) -> Tensor:
         """Return what is wrong with the matrix as it is packed, float64."""
         weight = self.linear.weight.detach()
@@ -137,10 +154,7 @@ class _Job:
         """Put the stored matrix into the model with a correction of `rank`; `packed` is it, rounded alone."""
         fit = None
         if rank:
-            target, fit = self._fitted(packed, rank, calibrated)
-            if target is not None:
-                found = self.round(target)
-                packed = self.storage.pack(found.codes, found.grid)
+            packed, fit = self._fitted(packed, rank, calibrated)
         codes, grid = self.storage.unpack(packed, self.whole.target.shape)
         made: nn.Module = StoredLinear.of(self.linear, self.storage, codes, grid)
         if fit is not None:
@@ -148,15 +162,25 @@ class _Job:
         models.replace(self.model, self.whole.name, made)
 
     def _fitted(
-        self, packed: Mapping[str, Tensor], rank: int, calibrated: Calibrated
-    ) -> tuple[Tensor | None, Fit]:
-        """Return the correction, and what is to be rounded where that is not the matrix itself."""
+        self, packed: dict[str, Tensor], rank: int, calibrated: Calibrated
+    ) -> tuple[dict[str, Tensor], Fit]:
+        """Return what is packed at the end, and its correction."""
         method, name = self.method, self.whole.target.name
         moments = {kind: calibrated.stats.moment(kind, name).mean() for kind in method.statistics()}
         metrics = method.metrics(self.whole.target.shape, moments, self.recipe.damp)
         rounders = _rounders(self.recipe.factors_storage)
         if method.steps == 1:
-            return None, correction.fit(self.error(packed), rank, *metrics, rounders)
+            candidates = [packed]
+            if self.recipe.correction == "eckart":
+                candidates.append(self.packed(self.round_relieved(self.linear.weight.detach(), rank)))
+            errors = [self.error(one) for one in candidates]
+            fits = [correction.fit(error, rank, *metrics, rounders) for error in errors]
+            left = [
+                weighted_error(error - fit.factors.dense(), *metrics)
+                for error, fit in zip(errors, fits, strict=True)
+            ]
+            best = left.index(min(left))
+            return candidates[best], fits[best]
         found = correction.correct(
             self.linear.weight.detach(),
             lambda matrix: self.round(matrix).values().to(matrix.dtype),
@@ -165,7 +189,11 @@ class _Job:
             steps=method.steps,
             rounders=rounders,
         )
-        return found.target, Fit(found.factors, found.unrounded)
+        return self.packed(self.round(found.target)), Fit(found.factors, found.unrounded)
+
+    def packed(self, found: leaves.Rounded) -> dict[str, Tensor]:
+        """Return the tensors to store."""
+        return self.storage.pack(found.codes, found.grid)
 
 
 def _rounders(stored: str) -> Rounders | None:

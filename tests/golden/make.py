@@ -9,8 +9,22 @@ import torch
 from safetensors.torch import save_file
 
 import eckart
-from eckart import assemble, declaration, dimensions, embeddings, factors, linalg, models, plugin, storing
+from eckart import (
+    assemble,
+    calibrate,
+    correcting,
+    declaration,
+    dimensions,
+    embeddings,
+    factors,
+    linalg,
+    models,
+    plugin,
+    stats,
+    storing,
+)
 from eckart.linalg import truncated_svd
+from eckart.quant.corrected import CorrectedLinear
 from eckart.quant.storage import STORAGES
 
 from .. import tiny
@@ -33,6 +47,12 @@ def main() -> None:
         ),
     }
     assemble.put(model, modules)
+    whole = next(target for target in found if target.name.endswith("0.self_attn.v_proj"))
+    recipe = eckart.Recipe(keep=1.0, method="svd", storage="nf4", correction="lorc", correction_rank=4)
+    nothing = calibrate.Calibrated(stats.Stats(), 0, 0)
+    correcting.correct(
+        recipe, model, [correcting.Whole(whole, whole.name, "nf4")], nothing, lambda done, total: None
+    )
     for index, target in enumerate(found):
         if type(model.get_submodule(target.name)) is not torch.nn.Linear:
             continue
@@ -46,7 +66,7 @@ def main() -> None:
     pair[1].down = pair[0].down
     assemble.put(model, dict(zip(names, pair, strict=True)))
     for place, (name, small) in enumerate(models.low_rank_modules(model).items()):
-        if name not in names and not isinstance(small, embeddings.FactoredEmbedding):
+        if name not in names and not isinstance(small, embeddings.FactoredEmbedding | CorrectedLinear):
             metrics = linalg.Metric(small.in_features), linalg.Metric(small.out_features)
             storing.round_module(model, name, list(STORAGES)[place % len(STORAGES)], *metrics)
     for end, kind in (("model.embed_tokens", "nf4-dq"), ("lm_head", "int3")):

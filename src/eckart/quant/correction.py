@@ -22,6 +22,9 @@ Quantise = Callable[[Tensor], Tensor]
 SWEEPS = 4
 """Passes over both factors, each fitted again to the rounded other one."""
 
+_RELIEVED = 0.03
+"""The share that an error counts, all the same, where a correction can make it good."""
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
@@ -229,6 +232,23 @@ def _best_left(error: Tensor, right: Tensor, inputs: Metric) -> Tensor:
     weighted = inputs.times(right.T)
     inverse: Tensor = torch.linalg.pinv(right @ weighted, hermitian=True)
     return error @ weighted @ inverse
+
+
+def relieved(metric: Tensor, rank: int) -> Tensor:
+    """Return `metric` (size, size), float64, with its `rank` largest eigenvalues at a share of themselves.
+
+    A matrix that is rounded in it leaves its error in these directions, the dearest, where a correction of
+    that rank then makes it good.
+
+    Raises:
+        RankError: unless 1 <= rank <= size.
+    """
+    check_rank(rank, (len(metric), len(metric)))
+    work = to_float64(metric)
+    values, vectors = torch.linalg.eigh(work)
+    dear = vectors[:, -rank:]
+    taken: Tensor = (dear * ((1 - _RELIEVED) * values[-rank:])) @ dear.T
+    return work - taken
 
 
 def tails(error: Tensor, inputs: Metric, outputs: Metric, unit: float = 1.0) -> Tensor:

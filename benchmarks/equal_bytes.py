@@ -53,6 +53,10 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "nf4 to nearest, embeddings int8": {
         "keep": 1.0, "storage": "nf4-dq", "embeddings": "int8", "method": "svd",
     },
+    **{f"nf4 + correction of rank {rank}, embeddings int8": {
+        "keep": 1.0, "storage": "nf4-dq", "embeddings": "int8", "correction": "eckart",
+        "correction_rank": rank,
+    } for rank in (8, 16, 32)},
     "low rank 0.8 + int8": {"keep": 0.8, "of": "linears", "storage": "int8"},
     "low rank 0.9 + nf4": {
         "keep": 0.9, "of": "linears", "storage": "nf4-dq", "embeddings": "int8", "form": "factored",

@@ -48,9 +48,9 @@ class Variant:
 
 # The smallest types come in blocks of 256 columns. Where a matrix has another width, llama-quantize falls
 # back to a larger type, so that a file may be far above what its name says. What is smaller needs a smaller
-# table of embeddings, and Q2_0, whose blocks are of 64.
+# table of embeddings, and in the end Q2_0, in blocks of 64, meant for models trained in it.
 TABLE = ("--output-tensor-type", "iq4_nl", "--token-embedding-type", "iq4_nl")
-GATE, UP = ("--tensor-type", "ffn_gate=q2_0"), ("--tensor-type", "ffn_up=q2_0")
+Q2_0 = ("--tensor-type", "ffn_gate=q2_0", "--tensor-type", "ffn_up=q2_0")
 VARIANTS = {
     "F16": Variant("F16"),
     "Q8_0": Variant("Q8_0"),
@@ -67,9 +67,7 @@ VARIANTS = {
     "IQ3_XXS imatrix, table IQ4_NL": Variant("IQ3_XXS", True, TABLE),
     "IQ2_M imatrix, table IQ4_NL": Variant("IQ2_M", True, TABLE),
     "IQ1_S imatrix, table IQ4_NL": Variant("IQ1_S", True, TABLE),
-    "IQ2_M imatrix, table IQ4_NL, gate Q2_0": Variant("IQ2_M", True, (*TABLE, *GATE)),
-    "IQ2_M imatrix, table IQ4_NL, gate and up Q2_0": Variant("IQ2_M", True, (*TABLE, *GATE, *UP)),
-    "Q2_0 imatrix, table IQ4_NL": Variant("Q2_0", True, TABLE),
+    "IQ2_M imatrix, table IQ4_NL, gate and up Q2_0": Variant("IQ2_M", True, (*TABLE, *Q2_0)),
 }
 
 
@@ -191,7 +189,7 @@ def speed(tools: Path, path: Path, prompt: int, new_tokens: int, repeats: int) -
 
 def resident(tools: Path, path: Path) -> int:
     """Return the peak bytes of a process that reads the file, without mapping it, and decodes a token."""
-    command = [tools / "llama-bench", "-m", path, "-p", "0", "-n", "1", "-r", "1", "-t", "1", "-mmp", "0"]
+    command = [tools / "llama-bench", "-m", path, "-p", "0", "-n", "1", "-r", "1", "-t", "1", "-lm", "none"]
     started = subprocess.Popen(
         [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )

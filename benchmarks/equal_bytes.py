@@ -70,9 +70,8 @@ ROWS: dict[str, Mapping[str, Any]] = {
     "size 55MB": {"size": "55MB"},
 }  # fmt: skip
 """eckart's rows: what the recipe says beyond the model and the texts."""
-HEALED = {f"{name}, healed": name for name in ("size 65MB", "size 55MB")}
-HEALING = {"tokens": 81_920}
-"""Rows healed through the quantiser, on the text that they were calibrated on."""
+HEALED = {"size 65MB, healed": ("size 65MB", 40_960), "size 55MB, healed": ("size 55MB", 81_920)}
+"""Rows healed through the quantiser, on so many tokens of the text that they were calibrated on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,17 +134,18 @@ def compressed(options: argparse.Namespace, name: str, out: Path) -> File:
 
 def healed(options: argparse.Namespace, name: str, out: Path) -> File:
     """Heal the folder of the row that was not, which must be there."""
-    source, start = folder(options, HEALED[name]), time.process_time()
-    settings = healing.from_mapping(HEALING, name)
+    base, tokens = HEALED[name]
+    source, start = folder(options, base), time.process_time()
+    settings = healing.from_mapping({"tokens": tokens}, name)
     model, done = eckart.heal(
         source, options.model, options.text, settings=settings, work=out.with_name(f"{out.name}.state"),
         watch=prepared.print_progress,
     )  # fmt: skip
-    before = known(options.out)["rows"][HEALED[name]]["seconds"]
+    before = known(options.out)["rows"][base]["seconds"]
     seconds = before + time.process_time() - start
     eckart.save(model, hub.load_tokenizer(options.model), out, done, source=source, overwrite=True)
     shutil.rmtree(out.with_name(f"{out.name}.state"), ignore_errors=True)
-    return File(out, hub.weight_bytes(out), seconds, {"healed": HEALED[name], "settings": HEALING})
+    return File(out, hub.weight_bytes(out), seconds, {"healed": base, "tokens": tokens})
 
 
 def quality(options: argparse.Namespace, path: Path) -> dict[str, Any]:

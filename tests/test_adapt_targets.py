@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import eckart
 from eckart import ModelError, models
 from eckart.adapt import targets
 from eckart.factors import Form
@@ -141,3 +142,11 @@ def test_blocks_without_linear_maps_are_refused() -> None:
     ):
         targets.names(model)
     assert targets.names(model, ["lm_head"]) == ["lm_head"]
+
+
+def test_a_model_in_few_bits_takes_no_adapter() -> None:
+    model, _ = eckart.quantise(tiny.build("llama"), "nf4-dq", method="svd")
+    with pytest.raises(ModelError, match="stored in few bits, which adapters cannot be put on"):
+        targets.names(model)
+    with pytest.raises(ModelError, match="already low-rank or in few bits"):
+        eckart.compress(model, keep=0.5, method="svd")

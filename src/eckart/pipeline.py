@@ -28,6 +28,7 @@ from . import (
     selection,
     sharing,
     stock,
+    stores,
     storing,
     text,
     windows,
@@ -148,8 +149,8 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     """
     run = Run(watch or _silent)
     model = loaded.model
-    if models.low_rank_modules(model):
-        raise ModelError("the model is already low-rank: eckart.densify it first")
+    if models.low_rank_modules(model) or stores.stored(model):
+        raise ModelError("the model is already low-rank or in few bits: eckart.densify it first")
     found = _targets(recipe, model)
     recipe.check_text()
     for target in found:

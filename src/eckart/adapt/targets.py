@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .. import models
+from .. import models, stores
 from ..errors import ModelError
 
 
@@ -36,9 +36,14 @@ def names(model: Any, targets: Sequence[str] = (), exclude: Sequence[str] = ()) 
         exclude: globs on what to leave out.
 
     Raises:
-        ModelError: a pattern matches nothing (with what is close to it), the blocks have no linear maps, or
+        ModelError: the model is stored in few bits, a pattern matches nothing (with what is close to it), the blocks have no linear maps, or
             nothing is left.
     """
+    if stores.stored(model):
+        raise ModelError(
+            "the model is stored in few bits, which adapters cannot be put on: tune the model that it was "
+            "stored from (--method qlora trains on four bits), and store the result"
+        )
     found = list(linears(model))
     compressed = models.low_rank_modules(model)
     owners = {name: models.owner(name, compressed) or name for name in found}

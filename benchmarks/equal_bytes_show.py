@@ -12,6 +12,8 @@ from eckart import render
 Rows = dict[str, dict[str, Any]]
 REFERENCE = "dense float32"
 COLORS = {"dense": "tab:gray", "llama.cpp": "tab:orange", "eckart": "tab:blue"}
+HIGHEST = 5.0
+"""In times the lowest perplexity: what is above is in the table alone."""
 COLUMNS = [
     "row", "MB", "perplexity", "against dense", "foreign against dense", "RAM MB", "of it the model",
     "decode tok/s", "prefill tok/s", "seconds to make",
@@ -61,8 +63,13 @@ def plot(rows: Rows, path: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    lowest = min(row["perplexity"] for row in rows.values())
     for what, color in COLORS.items():
-        own = {name: row for name, row in rows.items() if row["kind"] == what}
+        own = {
+            name: row
+            for name, row in rows.items()
+            if row["kind"] == what and row["perplexity"] < HIGHEST * lowest
+        }
         points = [(row["bytes"] / 1e6, row["perplexity"]) for row in own.values()]
         if not points:
             continue

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hub, lessons, measure, memory, models, refine, teacher, text
-from .errors import ModelError
+from . import hub, lessons, measure, memory, models, refine, stores, teacher, text
+from .errors import ConfigError, ModelError
 from .healing import Healing, Refined
 from .lessons import SELF, Lessons
+from .quant import straight
 from .refine import Watch
 from .result import Healed, Quality
 
@@ -44,6 +45,8 @@ def run(
 ) -> list[Refined]:
     """Heal `student`, in place, towards `dense` on the text of `healing`; return what each refinement did.
 
+    What is stored in few bits is trained through its quantiser (eckart.quant.straight).
+
     Args:
         student: the compressed model, in the dtype to train in.
         dense: the model that it comes from, in the same dtype.
@@ -57,7 +60,8 @@ def run(
 
     Raises:
         ModelError: the models do not have the same vocabulary, or there is no tokenizer.
-        ConfigError: there is not enough text, or windows are longer than the model takes.
+        ConfigError: there is not enough text, windows are longer than the model takes, or a refinement
+            cannot be applied to a model that is stored in few bits.
         StoreError: the state or the cache cannot be used.
     """
     _check(student, dense, tokenizer, healing)
@@ -67,7 +71,10 @@ def run(
     if ward.work is not None:
         rows = [tensor.tolist() for tensor in (found.rows, found.held_out)]
         key = refine.key_of(asdict(healing), teacher.digest(dense), hash_of(rows), *started)
-    return refine.heal(student, dense, found, healing, work=ward.work, key=key, cache=ward.cache, watch=watch)
+    with straight.through(student, healing.seed):
+        return refine.heal(
+            student, dense, found, healing, work=ward.work, key=key, cache=ward.cache, watch=watch
+        )
 
 
 def _check(student: Any, dense: Any, tokenizer: Any, healing: Healing) -> None:
@@ -80,6 +87,23 @@ def _check(student: Any, dense: Any, tokenizer: Any, healing: Healing) -> None:
             "model that the compressed one was made of"
         )
     measure.check_length(student, healing.seq_len)
+    if stores.stored(student):
+        _check_stored(healing)
+
+
+def _check_stored(healing: Healing) -> None:
+    """Refuse what solves for weights that are not on a grid."""
+    solving = [step for step in healing.steps if step in ("ranks", "closed")]
+    if solving:
+        raise ConfigError(
+            f"refinement {solving[0]} solves for float weights, and the model is stored in few bits: heal "
+            "before storing, or use logits or block"
+        )
+    if "logits" in healing.steps and healing.train == "adapter":
+        raise ConfigError(
+            "train adapter: merged into weights of few bits, an adapter would be rounded away; use factors, "
+            "blocks or all"
+        )
 
 
 def hash_of(values: object) -> str:

@@ -181,9 +181,9 @@ def test_tensors_of_another_storage_are_refused(compress: Compress, tmp_path: Pa
     with pytest.raises(StoreError, match=r"should have shape .* in the weight files: the folder is damaged"):
         reload(tmp_path / "out")
     for name in stored:
-        stored[name] = "int5"
+        stored[name] = "int9"
     path.write_text(json.dumps(config))
-    with pytest.raises(StoreError, match="stored in 'int5': legal are"):
+    with pytest.raises(StoreError, match="stored in 'int9': legal are"):
         reload(tmp_path / "out")
 
 
@@ -192,8 +192,8 @@ def test_tensors_of_another_storage_are_refused(compress: Compress, tmp_path: Pa
     [
         ({"keep": 0.5, "storage": "auto"}, "spends bytes where the curvature says"),
         ({"size": "1MB", "storage": "auto", "method": "svd"}, "give a size, and method eckart"),
-        ({"keep": 0.5, "storage": "int5"}, "storage 'int5': legal are auto, float, int8"),
-        ({"keep": 0.5, "embeddings": "int5"}, "embeddings 'int5': legal are"),
+        ({"keep": 0.5, "storage": "int9"}, "storage 'int9': legal are auto, float, int8"),
+        ({"keep": 0.5, "embeddings": "int9"}, "embeddings 'int9': legal are"),
         ({"keep": 0.5, "stock": True, "storage": "nf4"}, "stock needs no eckart to load"),
         ({"keep": 0.5, "method": "basis-sharing", "storage": "nf4"}, "form 'shared' is stored in the output"),
         ({"size": "1MB", "method": "svd", "storage": "nf4"}, "shared out over ranks and bits by curvature"),

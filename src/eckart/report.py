@@ -180,7 +180,7 @@ def storage_rows(result: Result) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, str], list[Module]] = {}
     for module in result.modules:
         groups.setdefault((module.storage, module.form), []).append(module)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for (stored, form), found in sorted(groups.items()):
         after, before = (sum(getattr(m, name) for m in found) for name in ("after", "before"))
         bits = 8 * DTYPES[result.dtype].itemsize if stored == FLOAT else storage.get(stored).bits()

@@ -36,8 +36,8 @@ def names(model: Any, targets: Sequence[str] = (), exclude: Sequence[str] = ()) 
         exclude: globs on what to leave out.
 
     Raises:
-        ModelError: the model is stored in few bits, a pattern matches nothing (with what is close to it), the blocks have no linear maps, or
-            nothing is left.
+        ModelError: the model is stored in few bits, a pattern matches nothing (with what is close to it),
+            the blocks have no linear maps, or nothing is left.
     """
     if stores.stored(model):
         raise ModelError(

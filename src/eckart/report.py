@@ -29,7 +29,7 @@ def _mb(size: int) -> str:
 
 
 def _share(after: float, before: float) -> str:
-    return f"{after / before:.3f}"
+    return f"{after / before:.3f}" if before else ""
 
 
 def size_rows(result: Result) -> list[SizeRow]:

@@ -99,8 +99,8 @@ class Result:
 
     @property
     def keep_linears(self) -> float:
-        """Parameters of the treated matrices, after divided by before."""
-        return self.after.linears / self.before.linears
+        """Parameters of the treated matrices, after divided by before; 1 where only the ends are treated."""
+        return self.after.linears / self.before.linears if self.before.linears else 1.0
 
     @property
     def keep_model(self) -> float:

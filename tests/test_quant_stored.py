@@ -395,3 +395,28 @@ class TestTables:
         x = torch.ones(1, 64, requires_grad=True)
         (gradient,) = torch.autograd.grad(StoredHead(rows)(x).sum(), x)
         assert close(gradient[0], rows.dequantised().sum(0), 50)
+
+
+def test_int8_in_bfloat16_where_a_mapped_file_puts_it() -> None:
+    """PyTorch's kernel for int8 ends the process where rows do not start at a multiple of 16 bytes."""
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
+    chosen = storage.get("int8")
+    grid = chosen.grid(weight)
+    module = StoredLinear.of(linear_of(weight), chosen, grid.codes(weight), grid).to(torch.bfloat16)
+    inputs = torch.randn(2, 128, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    expected = module(inputs)
+    room = torch.zeros(weight.numel() + 64, dtype=torch.int8)
+    start = (1 - room.data_ptr()) % 64
+    codes = room[start : start + weight.numel()].view(24, 128)
+    codes.copy_(module.tensors()["codes"])
+    module._buffers["codes"] = codes
+    assert torch.allclose(module(inputs), expected, rtol=0.02, atol=0.02)
+    module.align()
+    assert module.tensors()["codes"].data_ptr() % 64 == 0
+    assert torch.equal(module(inputs), expected)
+
+
+def linear_of(weight: torch.Tensor) -> torch.nn.Linear:
+    made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight = torch.nn.Parameter(weight)
+    return made

@@ -61,6 +61,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in stores.stored(model).items():
             if not isinstance(module, stores.Tied):
                 module.check(name)
+                module.align()
         return attach(model, self)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -26,6 +26,8 @@ OUTLIER = 6.0
 """|input| from which LLM.int8() keeps a column out of the integer product (Dettmers et al. 2022, 3)."""
 _EXACT_TERMS = 1024
 _FEW = 8
+ALIGNMENT = 64
+"""Bytes at whose multiples the tensors lie that the fastest kernels take."""
 
 
 class ReferenceWarning(UserWarning):
@@ -58,6 +60,15 @@ def dequantised(
 ) -> Tensor:
     """Return the stored matrix (m, n), rounded to `dtype`."""
     return _Packed.of(storage, tensors, shape).values(dtype)
+
+
+def _packable(codes: Tensor) -> bool:
+    """Tell whether PyTorch's kernel for int8 takes `codes` (m, n).
+
+    It reads beyond rows that are no multiple of its width, and only from where such reads may start: a
+    tensor in a mapped file may lie anywhere, and elsewhere the process ends.
+    """
+    return codes.shape[1] % BLOCK == 0 and codes.data_ptr() % ALIGNMENT == 0
 
 
 class _Product(torch.autograd.Function):
@@ -152,9 +163,8 @@ class _Packed:
         # Codes up to 127 times inputs may overflow float16: there the scales come first.
         if not isinstance(self.storage.scales, Rows) or dtype == torch.float16:
             return _joined([functional.linear(flat, part.values(dtype)) for part in self.parts()])
-        # This kernel reads beyond rows that are no multiple of its width.
-        few = flat.device.type == "cpu" and len(flat) <= _FEW and self.shape[1] % BLOCK == 0
-        if few and dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        few = flat.device.type == "cpu" and len(flat) <= _FEW and dtype == torch.bfloat16
+        if few and not torch.compiler.is_compiling() and _packable(self.codes):
             ones = torch.ones(self.shape[0], dtype=dtype)
             out = torch.ops.aten._weight_int8pack_mm(flat.contiguous(), self.codes, ones)
         else:

@@ -52,6 +52,12 @@ class _Stored(nn.Module):
                 "infinite: the file is damaged"
             )
 
+    def align(self) -> None:
+        """Move what lies anywhere in a mapped file to where every kernel takes it."""
+        for name, tensor in self.tensors().items():
+            if tensor.data_ptr() % kernels.ALIGNMENT:
+                self._buffers[name] = tensor.clone()
+
 
 class StoredLinear(_Stored):
     """y = W x + b with W (m, n) stored in few bits.

@@ -172,7 +172,12 @@ def test_interrupted_runs_leave_nothing(
     command = [sys.executable, "-m", "eckart.cli", "compress", str(llama_folder), "--keep", "0.6", "--of",
                "linears", "--text", str(long), "--out", str(tmp_path / "out"), "--tokens", "200000",
                "--gradient-tokens", "200000", "--seq-len", "8"]  # fmt: skip
-    with log.open("w") as stream, subprocess.Popen(command, stderr=stream, stdout=stream) as process:
+    # Jobs in the background of a shell ignore the signal, and so would what they start.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(command, stderr=stream, stdout=stream, **heard) as process,  # type: ignore[call-overload]
+    ):
         deadline = time.monotonic() + 120
         while "calibrate" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -209,3 +209,15 @@ def test_quantise_wants_a_storage() -> None:
         eckart.quantise(tiny.build("llama"))
     with pytest.raises(ConfigError, match="looks at data: give text"):
         eckart.quantise(tiny.build("llama"), "nf4")
+
+
+@pytest.mark.parametrize("method", ["eckart", "svd-llm"])
+def test_heads_that_were_made_narrower_are_stored(method: str, compress: Compress, tmp_path: Path) -> None:
+    model, result = compress(
+        tiny.build("llama"), keep=0.6, of="linears", form="width", method=method, storage="int4"
+    )
+    assert result.keep_linears <= 0.6
+    if method == "eckart":
+        assert "partial" in {module.form for module in result.modules}
+    eckart.save(model, None, tmp_path / "out", result)
+    assert torch.equal(logits(reload(tmp_path / "out")), logits(model))

@@ -5,12 +5,13 @@ A block's statistics are freed when it is factored, so that an executor may own 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import methods, models, width
-from .calibrate import Calibrated
+from .calibrate import Calibrated, calibrate
 from .dimensions import Dimension
 from .heads import Heads, PairNarrowing, ValueNarrowing, narrow_pairs, narrow_values
 from .linalg import Metric, WeightedSVD, weighted_svd
@@ -98,6 +99,24 @@ def by_block(model: nn.Module, found: Sequence[Target]) -> list[list[Target]]:
         place = next((i for i, prefix in enumerate(prefixes) if target.name.startswith(prefix)), -1)
         groups[place].append(target)
     return [group for group in groups if group]
+
+
+def statistics_of(
+    recipe: Recipe,
+    model: Any,
+    names: Sequence[str],
+    rows: Tensor | None,
+    watch: Callable[[int, int], None] | None = None,
+) -> Calibrated:
+    """Return the statistics of the modules `names` that `recipe` asks for, on the windows `rows`."""
+    statistics = recipe.statistics()
+    if rows is None or not statistics:
+        rows = torch.zeros(0, 2, dtype=torch.int64)
+    return calibrate(
+        model, rows, names, statistics,
+        gradient_windows=max(1, recipe.gradient_tokens // rows.shape[1]), labels=recipe.labels,
+        generator=torch.Generator().manual_seed(recipe.seed), watch=watch,
+    )  # fmt: skip
 
 
 def factor(

@@ -34,11 +34,11 @@ from . import (
     windows,
 )
 from .accounting import sizes
-from .calibrate import Calibrated, calibrate
+from .calibrate import Calibrated
 from .choices import Budget, Choice, fixed_bytes, settle
 from .dimensions import Dimension
 from .errors import ModelError, NotFinite
-from .factorize import Decomposed, factor
+from .factorize import Decomposed, factor, statistics_of
 from .heads import Heads
 from .healing import Refined
 from .linalg import check_matrix
@@ -168,7 +168,8 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     dense = _measure(run, "measure dense", model, texts.held_out)
     dense_foreign = _measure(run, "measure dense", model, texts.foreign)
     with run.stage("calibrate") as progress:
-        calibrated = _calibrated(recipe, model, found, texts.calibration, progress)
+        names = [name for target in found for name in target.modules]
+        calibrated = statistics_of(recipe, model, names, texts.calibration, progress)
     blocks: dict[str, float] = {}
     if recipe.depth and texts.trial is not None:
         with run.stage("try blocks") as progress:
@@ -360,24 +361,6 @@ def _measure(run: Run, name: str, model: Any, rows: Tensor | None) -> measure.Pe
         return None
     with run.stage(name) as progress:
         return measure.perplexity(model, rows, progress)
-
-
-def _calibrated(
-    recipe: Recipe, model: Any, found: Sequence[Target], rows: Tensor | None, progress: measure.Progress
-) -> Calibrated:
-    statistics = recipe.statistics()
-    if rows is None or not statistics:
-        rows = torch.zeros(0, 2, dtype=torch.int64)
-    return calibrate(
-        model,
-        rows,
-        [name for target in found for name in target.modules],
-        statistics,
-        gradient_windows=max(1, recipe.gradient_tokens // rows.shape[1]),
-        labels=recipe.labels,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        watch=progress,
-    )
 
 
 def load_for(recipe: Recipe, low_rank: bool = False) -> hub.Loaded:

@@ -5,15 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from . import assemble, correcting, hub, measure, memory, models, plugin, storing, windows
 from .accounting import sizes
-from .calibrate import Calibrated, calibrate
+from .calibrate import Calibrated
 from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import ConfigError, ModelError
-from .factorize import matrix_metrics
+from .factorize import matrix_metrics, statistics_of
 from .linalg import Metric
 from .models import LowRankModule, Target
 from .recipe import AUTO, FLOAT, Recipe
@@ -103,7 +102,10 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
         ]
 
     dense = measured("measure before")
-    calibrated = _calibrated(recipe, model, found, texts.calibration, show)
+    names = [name for target in targets for name in target.modules]
+    calibrated = statistics_of(
+        recipe, model, names, texts.calibration, lambda done, total: show("calibrate", done, total)
+    )
     _store(recipe, model, found, calibrated, lambda done, total: show("round", done, total))
     plugin.mark(model)
     computed = model.dtype
@@ -167,20 +169,6 @@ def _row(held: Held) -> Module:
     return Module(
         held.target.name, held.target.shape, held.form, held.rank, size, size, 1.0, 0.0, held.storage
     )
-
-
-def _calibrated(
-    recipe: Recipe, model: Any, found: Sequence[Held], rows: torch.Tensor | None, show: Watch
-) -> Calibrated:
-    statistics = recipe.statistics()
-    if rows is None or not statistics:
-        rows = torch.zeros(0, 2, dtype=torch.int64)
-    return calibrate(
-        model, rows, [name for held in found for name in held.target.modules], statistics,
-        gradient_windows=max(1, recipe.gradient_tokens // rows.shape[1]), labels=recipe.labels,
-        generator=torch.Generator().manual_seed(recipe.seed),
-        watch=lambda done, total: show("calibrate", done, total),
-    )  # fmt: skip
 
 
 def _metrics(recipe: Recipe, calibrated: Calibrated, target: Target) -> tuple[Metric, Metric]:

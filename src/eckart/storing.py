@@ -1,16 +1,16 @@
 """Round what was chosen to few bits, in the metric of the calibration, and put it into the model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from . import correcting, dimensions, stores
-from .calibrate import Calibrated, calibrate
+from .calibrate import Calibrated
 from .choices import Choice
 from .embeddings import FactoredEmbedding
 from .errors import ModelError
-from .factorize import Decomposed, matrix_metrics
+from .factorize import Decomposed, matrix_metrics, statistics_of
 from .linalg import Metric
 from .quant import leaves, rounding, storage, tables
 from .recipe import FLOAT, Recipe
@@ -51,14 +51,15 @@ def store(
         done_with = {one.name for one in whole}
         wanted = [(choice, name) for choice, name in wanted if name not in done_with]
     changed = [name for choice, name in wanted if choice.form == "partial"]
-    own = _collected(recipe, model, changed, rows)
+    # What has another shape than its dense matrix sees other inputs and gradients than that did.
+    own = statistics_of(recipe, model, changed, rows if changed else None)
     members = {name: dimension for dimension in found.dimensions for name in dimension.members}
     shared: dict[str, Metric] = {}
     for done, (choice, name) in enumerate(wanted, 1):
         if len(shared) > _SHARED:  # matrices that read one input stand together
             shared.clear()
         if choice.form == "partial":
-            metrics = own[name]
+            metrics = matrix_metrics(recipe, replace(choice.target, name=name), own, {})
         else:
             metrics = matrix_metrics(recipe, choice.target, calibrated, shared)
         if choice.form == "narrow":
@@ -118,24 +119,3 @@ def _narrowed(metrics: Metrics, dimension: dimensions.Dimension, choice: Choice,
         return inputs.part(dimensions.indices(inputs.size, dimension.units, 1, units)), outputs
     copies = dict(dimension.writers)[choice.target.name]
     return inputs, outputs.part(dimensions.indices(outputs.size, dimension.units, copies, units))
-
-
-def _collected(
-    recipe: Recipe, model: nn.Module, names: Sequence[str], rows: Tensor | None
-) -> dict[str, Metrics]:
-    """Return the metrics that modules of another shape than their dense ones see."""
-    if not names or rows is None:
-        return {}
-    calibrated = calibrate(
-        model, rows, names, ("gram", "gradient"),
-        gradient_windows=max(1, recipe.gradient_tokens // rows.shape[1]),
-        labels=recipe.labels, generator=torch.Generator().manual_seed(recipe.seed),
-    )  # fmt: skip
-    found = {}
-    for name in names:
-        moments = [calibrated.stats.moment(kind, name).mean() for kind in ("gram", "gradient")]
-        found[name] = (
-            Metric(len(moments[0]), moments[0], recipe.damp),
-            Metric(len(moments[1]), moments[1], recipe.damp),
-        )
-    return found

@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -129,7 +130,18 @@ def compressed(options: argparse.Namespace, name: str, out: Path) -> File:
     seconds = before + time.process_time() - start
     eckart.save(model, ready.loaded.tokenizer, out, result, overwrite=True)
     shutil.rmtree(state, ignore_errors=True)
-    return File(out, hub.weight_bytes(out), seconds, {"recipe": ROWS[name], "stages": result.seconds})
+    how = {"recipe": ROWS[name], "stages": result.seconds, **chosen(out)}
+    return File(out, hub.weight_bytes(out), seconds, how)
+
+
+def chosen(folder: Path) -> dict[str, Any]:
+    """What the report in `folder` says of the choice: the estimated loss, and the matrices of each form."""
+    report = json.loads((folder / "eckart.json").read_text())
+    kinds = Counter((module["form"], module["name"].rsplit(".", 1)[-1]) for module in report["modules"])
+    forms: dict[str, dict[str, int]] = {}
+    for (form, name), count in sorted(kinds.items()):
+        forms.setdefault(form, {})[name] = count
+    return {"predicted": report["predicted_increase"], "forms": forms}
 
 
 def healed(options: argparse.Namespace, name: str, out: Path) -> File:

@@ -1,5 +1,6 @@
 """The table and the plot of benchmarks/equal_bytes.py."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def show(rows: Rows, out: Path) -> None:
     print(
         render.markdown_table(COLUMNS, [cells(name, rows[name], rows.get(REFERENCE, {})) for name in order])
     )
+    for name in order:
+        how, loss = rows[name]["how"], rows[name]["perplexity"]
+        if how.get("predicted") and REFERENCE in rows:
+            found = math.log(loss / rows[REFERENCE]["perplexity"])
+            ranked = {form: sum(own.values()) for form, own in how["forms"].items()}
+            print(f"{name}: estimated {how['predicted']:.3f} nats, measured {found:.3f}; matrices {ranked}")
     headers = {row["how"]["header_bytes"] for row in rows.values() if "header_bytes" in row["how"]}
     if headers:
         print(f"\nOf the bytes of a GGUF, {max(headers) / 1e6:.1f} MB are its header and tokenizer.")

@@ -191,3 +191,25 @@ def test_interrupted_runs_leave_nothing(
 def test_version_and_help() -> None:
     assert run("--version").output == f"eckart {eckart.__version__}\n"
     assert "compress" in run("--help").output
+
+
+def test_quantise_writes_a_folder_or_says_what_to_do(
+    llama_folder: Path, text_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    text = ["--text", text_file, "--tokens", 512, "--gradient-tokens", 256, "--seq-len", 64]
+    found = run("quantise", llama_folder, "--storage", "nf4-dq", *text, "--out", out)
+    assert found.exit_code == 0, found.output
+    assert "nf4-dq" in found.output
+    assert f"written to {out}" in found.output
+    for arguments, message in (
+        ([llama_folder, "--storage", "int9", "--out", tmp_path / "x"], "storage 'int9': legal are"),
+        ([llama_folder, "--storage", "int8", "--out", tmp_path / "x"], "give text to calibrate on"),
+        ([llama_folder, *text, "--out", tmp_path / "x"], "name a storage for the matrices"),
+        ([out, "--storage", "int8", *text, "--out", tmp_path / "x"], "stored in few bits already"),
+        ([llama_folder, "--storage", "int8", *text, "--out", out], "exists: choose another --out"),
+    ):
+        found = run("quantise", *arguments)
+        assert found.exit_code == 2
+        assert message in " ".join(found.output.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -132,10 +132,15 @@ def _refuse_other_tasks(config: Any, source: str) -> None:
 def skeleton(source: str, *, trust_remote_code: bool = False) -> Any:
     """Return the model of `source` on the meta device: structure and shapes, no weights."""
     config = load_config(source, trust_remote_code=trust_remote_code)
-    _refuse_other_tasks(config, source)
-    _refuse_quantised(config, source)
+    check_plain(config, source)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def check_plain(config: Any, source: str) -> None:
+    """Raise ModelError unless `config` is that of a causal language model that is not compressed yet."""
+    _refuse_other_tasks(config, source)
+    _refuse_quantised(config, source)
 
 
 def _quantised(config: Any) -> str | None:

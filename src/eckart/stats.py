@@ -5,7 +5,7 @@ Every statistic is a mean over the tokens that the module saw. Products are form
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -92,8 +92,61 @@ class Stats:
                 del self.moments[statistic, key]
 
 
+@dataclass(slots=True)
+class Padding:
+    """Which rows of the current batch are real; whoever runs the model sets it before each pass.
+
+    owners: for each module, which of the masks its rows belong to; all rows of others are real.
+    masks: (samples, positions), true where there is something, by the keys that `owners` names.
+    samples: how many samples the batch has.
+    """
+
+    owners: Mapping[str, str]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    samples: int = 1
+
+    def real(self, name: str, rows: int, places: Tensor | None = None) -> Tensor | None:
+        """Return which of the `rows` that module `name` got are real (rows,), None where all are.
+
+        `places` are the positions (rows,) of a module that does not get all of them (an expert). One row
+        for each sample is what was taken out of it: no padding.
+
+        Raises:
+            ModelError: there is padding, and the rows are not the positions of its mask.
+        """
+        mask = self.masks.get(self.owners.get(name, ""))
+        if mask is None or bool(mask.all()):
+            return None
+        flat = mask.flatten()
+        if places is not None:
+            return flat[places]
+        if rows == len(flat):
+            return flat
+        if rows == self.samples:
+            return None
+        raise ModelError(
+            f"{name} reads {rows} rows, and the mask has {mask.shape[0]} x {mask.shape[1]} positions with "
+            "padding: which rows are real cannot be told; give samples of one length, or one at a time"
+        )
+
+    def samples_of(self, name: str, rows: int, places: Tensor | None = None) -> Tensor:
+        """Return to which sample each of the `rows` of module `name` belongs (rows,).
+
+        Rows that are not shared out evenly over the samples count as one.
+        """
+        mask = self.masks.get(self.owners.get(name, ""))
+        if places is not None:
+            return places // mask.shape[1] if mask is not None else torch.zeros_like(places)
+        each = rows // self.samples if rows % self.samples == 0 else rows
+        return torch.arange(rows) // max(1, each)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1]).to(torch.float32)
+
+
+def _chosen(rows: Tensor, real: Tensor | None) -> Tensor:
+    return rows if real is None else rows[real.to(rows.device)]
 
 
 def _second_moment(rows: Tensor) -> Tensor:
@@ -101,10 +154,10 @@ def _second_moment(rows: Tensor) -> Tensor:
 
 
 def _weight_gradient(rows: Tensor, inputs: Tensor, width: int) -> Tensor:
-    """Return the gradient (m, n) of the weight, from those of the outputs and from the inputs."""
+    """Return the gradient (m, n) of the weight, from those of the outputs and from the inputs, row by row."""
     if inputs.is_floating_point():
-        return rows.T @ _rows(inputs)
-    return rows.new_zeros(width, rows.shape[1]).index_add_(0, inputs.flatten(), rows).T
+        return rows.T @ inputs
+    return rows.new_zeros(width, rows.shape[1]).index_add_(0, inputs, rows).T
 
 
 @dataclass(slots=True)
@@ -112,6 +165,7 @@ class _Collector:
     stats: Stats
     wanted: frozenset[Statistic]
     precision: torch.dtype
+    padding: Padding | None = None
     recent: deque[tuple[Tensor, int, str]] = field(default_factory=lambda: deque(maxlen=_RECENT_INPUTS))
     open: bool = True
 
@@ -136,13 +190,18 @@ class _Collector:
             )
         return leader == name
 
-    def on_input(self, name: str, inputs: Tensor, width: int) -> None:
+    def real(self, name: str, rows: int, places: Tensor | None) -> Tensor | None:
+        return None if self.padding is None else self.padding.real(name, rows, places)
+
+    def on_input(self, name: str, inputs: Tensor, width: int, places: Tensor | None) -> None:
         if not self.is_first_reader(name, inputs):
             return
         if not inputs.is_floating_point():
-            self.on_ids(name, inputs, width)
+            ids = inputs.flatten()
+            self.on_ids(name, _chosen(ids, self.real(name, len(ids), places)), width)
             return
         rows = _rows(inputs)
+        rows = _chosen(rows, self.real(name, len(rows), places))
         if "gram" in self.wanted:
             self.add("gram", name, _second_moment(rows), len(rows))
         if "absolute" in self.wanted:
@@ -152,26 +211,51 @@ class _Collector:
         """An id is a one-hot input: both statistics are its frequency, by Laplace's rule of succession."""
         for statistic in _OF_INPUT:
             if statistic in self.wanted:
-                counts = torch.bincount(ids.flatten(), minlength=width)
+                counts = torch.bincount(ids, minlength=width)
                 if (statistic, name) not in self.stats.moments:
                     self.add(statistic, name, torch.ones_like(counts, dtype=torch.float32), width)
                 self.add(statistic, name, counts, ids.numel())
 
-    def on_output(self, name: str, inputs: Tensor, output: Tensor, width: int) -> None:
+    def on_output(self, name: str, inputs: Tensor, output: Tensor, width: int, places: Tensor | None) -> None:
         if not output.requires_grad or not {"gradient", "fisher"} & self.wanted:
             return
         kept = inputs.detach() if "fisher" in self.wanted else None
+        count = output.numel() // output.shape[-1]
+        real = self.real(name, count, places)
+        samples = None if self.padding is None else self.padding.samples_of(name, count, places)
 
         def on_gradient(gradient: Tensor) -> None:
             if not self.open:
                 return
             rows = _rows(gradient)
             if "gradient" in self.wanted:
-                self.add("gradient", name, _second_moment(rows), len(rows))
+                chosen = _chosen(rows, real)
+                self.add("gradient", name, _second_moment(chosen), len(chosen))
             if kept is not None:
-                self.add("fisher", name, _weight_gradient(rows, kept, width).square().sum(0), 1)
+                self.add_fisher(name, rows, kept, width, real, samples)
 
         output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+    def add_fisher(
+        self,
+        name: str,
+        rows: Tensor,
+        inputs: Tensor,
+        width: int,
+        real: Tensor | None,
+        samples: Tensor | None,
+    ) -> None:
+        """Add the squares of the gradient of the weight, sample by sample; without padding all are one."""
+        flat = _rows(inputs) if inputs.is_floating_point() else inputs.flatten()
+        if samples is None:
+            self.add("fisher", name, _weight_gradient(rows, flat, width).square().sum(0), 1)
+            return
+        samples = samples.to(rows.device)
+        for sample in samples.unique():
+            chosen = samples == sample if real is None else (samples == sample) & real.to(rows.device)
+            if bool(chosen.any()):
+                gradient = _weight_gradient(rows[chosen], flat[chosen], width)
+                self.add("fisher", name, gradient.square().sum(0), 1)
 
 
 @contextmanager
@@ -181,12 +265,17 @@ def collect(
     wanted: Sequence[Statistic],
     *,
     precision: torch.dtype = torch.float32,
+    padding: Padding | None = None,
 ) -> Iterator[Stats]:
     """Gather statistics of the named modules of `model` while the context is open.
 
     Works for any nn.Module whose named modules take a tensor (..., n) first and return a tensor
     (..., m). Statistics of gradients need a backward pass inside the context, through outputs that
     require a gradient (parameters need none); 'fisher' expects one window per backward pass.
+
+    With `padding`, which the caller keeps up to date, batches may hold several samples: padding counts in
+    no statistic, and a sample is what was a window. A module that gets some of the positions only says
+    which by an attribute `routed (rows,)`, their indices among (samples x positions).
 
     A module that is called twice in one window counts as two windows for 'fisher'. Inside
     torch.inference_mode, a tensor that is changed in place between two readers passes for one input.
@@ -196,6 +285,7 @@ def collect(
         names: dotted names of its submodules.
         wanted: keys of STATISTICS.
         precision: of the sums, float32 or float64.
+        padding: what of the current batch is real; default: all of it.
 
     Raises:
         ModelError: a name is not a submodule.
@@ -209,7 +299,7 @@ def collect(
     if missing:
         raise ModelError(f"no module named {missing[0]}")
     stats = Stats()
-    collector = _Collector(stats, frozenset(wanted), precision)
+    collector = _Collector(stats, frozenset(wanted), precision, padding)
     handles = [modules[name].register_forward_hook(_hook(collector, name)) for name in names]
     try:
         yield stats
@@ -224,7 +314,8 @@ def _hook(collector: _Collector, name: str) -> Callable[[nn.Module, tuple[Tensor
         if not args:
             raise ModelError(f"{name} is called by keyword: leave it out with --exclude")
         width: int = getattr(module, "num_embeddings", args[0].shape[-1])
-        collector.on_input(name, args[0], width)
-        collector.on_output(name, args[0], output, width)
+        places: Tensor | None = getattr(module, "routed", None)
+        collector.on_input(name, args[0], width, places)
+        collector.on_output(name, args[0], output, width, places)
 
     return on_forward

@@ -20,6 +20,8 @@ LAYERS = {
     "text": 1,
     "factors": 2,
     "healing": 2,
+    "interpolative": 2,
+    "nystrom": 2,
     "render": 2,
     "width": 2,
     "embeddings": 3,

@@ -5,7 +5,7 @@ Importing it teaches transformers to load compressed folders (quantization metho
 
 __version__ = "0.1.0"
 
-from . import linalg
+from . import interpolative, linalg, nystrom
 from .adapt.difference import diff
 from .adapt.session import tune
 from .adapt.toolbox import extract, merge, resize
@@ -44,9 +44,11 @@ __all__ = [
     "evaluate",
     "extract",
     "heal",
+    "interpolative",
     "linalg",
     "load",
     "merge",
+    "nystrom",
     "quantise",
     "resize",
     "save",

@@ -240,6 +240,22 @@ def _apply(operator: Tensor | None, matrix: Tensor) -> Tensor:
     return operator[:, None] * matrix if operator.ndim == 1 else operator @ matrix
 
 
+def ridge_leverage(matrix: Tensor, ridge: float) -> Tensor:
+    """Return diag(A (A + ridge I)^-1) (n,): how far each column is not a combination of the others.
+
+    They sum to the effective dimension (Alaoui & Mahoney 2015). float64.
+
+    Raises:
+        NotPositiveDefinite: A + ridge I is singular.
+    """
+    work = to_float64(matrix)
+    eye = torch.eye(len(work), dtype=work.dtype, device=work.device)
+    solved, info = torch.linalg.solve_ex(work + ridge * eye, work)
+    if int(info):
+        raise NotPositiveDefinite(f"size {len(work)} is singular with ridge={ridge:.3g}: raise it")
+    return solved.diagonal().clone()
+
+
 @dataclass(frozen=True, slots=True)
 class WeightedSVD:
     """`left (m, k) @ right (k, n)` = the matrix, k = min(m, n), the first r terms of which are best.

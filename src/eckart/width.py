@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError, NotPositiveDefinite, RankError
-from .linalg import Metric, check_matrix, to_float64
+from .linalg import Metric, check_matrix, ridge_leverage, to_float64
 
 Landmarks = Literal["curvature", "leverage", "energy"]
 _BATCHES = 48
@@ -115,8 +115,7 @@ def by_leverage(weight: Tensor, inputs: Metric, outputs: Metric, units: int) -> 
     Neither `weight` nor `outputs` matters (MoDeGPT: Lin et al. 2025, arXiv:2408.09632).
     """
     moment = inputs.dense()
-    ridge = moment.diagonal().mean() * torch.eye(len(moment)).to(moment)
-    scores: Tensor = torch.linalg.solve(moment + ridge, moment).diagonal()
+    scores = ridge_leverage(moment, float(moment.diagonal().mean()))
     return scores.view(units, -1).sum(1).argsort(descending=True)
 
 

@@ -253,7 +253,8 @@ def ridge_leverage(matrix: Tensor, ridge: float) -> Tensor:
     solved, info = torch.linalg.solve_ex(work + ridge * eye, work)
     if int(info):
         raise NotPositiveDefinite(f"size {len(work)} is singular with ridge={ridge:.3g}: raise it")
-    return solved.diagonal().clone()
+    scores: Tensor = solved.diagonal().clone()
+    return scores
 
 
 @dataclass(frozen=True, slots=True)

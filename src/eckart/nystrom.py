@@ -202,7 +202,9 @@ def nystrom(matrix: Tensor, landmarks: Tensor) -> Nystrom:
     work = _semidefinite(matrix)
     _count(len(landmarks), len(work))
     places = landmarks.to(work.device)
-    if len(places.unique()) != len(places) or not 0 <= int(places.min()) <= int(places.max()) < len(work):
+    if len(set(places.tolist())) != len(places) or not 0 <= int(places.min()) <= int(places.max()) < len(
+        work
+    ):
         raise ConfigError(f"landmarks must be different columns, 0 to {len(work) - 1}: got {places.tolist()}")
     test = torch.zeros(len(work), len(places), dtype=work.dtype, device=work.device)
     test[places, torch.arange(len(places), device=work.device)] = 1.0

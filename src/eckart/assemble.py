@@ -10,7 +10,7 @@ from . import dimensions, models
 from .choices import Choice
 from .dimensions import Dimension
 from .embeddings import FactoredEmbedding, build_embedding, tied_head
-from .factorize import Decomposed, Part
+from .factorize import Decomposed, Decomposition
 from .factors import FORMS, FactoredLinear, LowRank, PartialLinear, PivotedLinear, build, parameters
 from .heads import Heads, PairNarrowing, ValueNarrowing, places
 from .linalg import WeightedSVD
@@ -111,7 +111,7 @@ def _with_basis(
 
 
 def _narrow(
-    model: nn.Module, dimension: Dimension, part: Part, width: int, dtype: torch.dtype
+    model: nn.Module, dimension: Dimension, part: Decomposition, width: int, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
     """Return the linears of `dimension` at `width` units, the one that reads them re-fitted."""
     made = dimensions.narrowed(model, dimension, part.narrowing.units(width))
@@ -121,7 +121,7 @@ def _narrow(
     return {name: _rounded(module, module.weight, dtype) for name, module in made.items()}
 
 
-def _partial(model: nn.Module, heads: Heads, part: Part, choice: Choice) -> PartialLinear:
+def _partial(model: nn.Module, heads: Heads, part: Decomposition, choice: Choice) -> PartialLinear:
     """Return one of the linears of `heads` with the chosen number of values or of pairs."""
     linear, kept = models.find(model, choice.target.name), choice.rank
     if isinstance(part.found, PairNarrowing):
@@ -184,7 +184,7 @@ def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:
             attention, key = shared[name]
             counted = name in (attention.output, attention.query)
         part = found.parts.get(key)
-        losses = torch.zeros(choice.rank + 1) if part is None or part.found is None else part.losses()
+        losses = torch.zeros(choice.rank + 1) if part is None or not part.decomposed else part.losses()
         lost, all_of_it = float(losses[choice.rank]), float(losses[0])
         if choice.form == "dropped":
             lost, all_of_it = whole_blocks.get(name, 0.0), 0.0

@@ -5,9 +5,10 @@ the key-value groups of an attention. No name of a model or of a matrix is looke
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -108,18 +109,25 @@ def narrowed(model: nn.Module, dimension: Dimension, kept: Tensor) -> dict[str, 
     return made
 
 
-def verified(model: Any, dimensions: Sequence[Dimension]) -> list[Dimension]:
+def verified(
+    model: Any, dimensions: Sequence[Dimension], tried: Callable[[Any, Dimension], bool] | None = None
+) -> list[Dimension]:
     """Return the `dimensions` that are what their shapes suggest; one of each build is tried.
 
     Leaving units out must do exactly what zeroing the columns that read them does: then nothing in
     between mixes the units (a norm would), and nothing else reads them.
+
+    Args:
+        model: of which all or a part is in memory.
+        dimensions: to try.
+        tried: what tells of one whether it `holds`; default: that, on the whole model.
     """
     known: dict[object, bool] = {}
     kept = []
     for dimension in dimensions:
         build = build_of(model, dimension)
         if build not in known:
-            known[build] = holds(model, dimension)
+            known[build] = (tried or holds)(model, dimension)
         if known[build]:
             kept.append(dimension)
     return kept
@@ -133,21 +141,24 @@ def build_of(model: nn.Module, dimension: Dimension) -> object:
 
 
 @torch.no_grad()
-def holds(model: Any, dimension: Dimension) -> bool:
-    """Tell whether leaving out the lighter half of the units equals not reading their columns."""
-    ids = models.probe(model)
+def holds(model: Any, dimension: Dimension, outputs: Callable[[], Tensor] | None = None) -> bool:
+    """Tell whether leaving out the lighter half of the units equals not reading their columns.
+
+    `outputs` returns what to look at; default: the logits of the model.
+    """
+    outputs = outputs or partial(models.probe_logits, model, models.probe(model))
     reader = models.find(model, dimension.reader)
     writer = models.find(model, dimension.writers[0][0])
     copies = dimension.writers[0][1]
     sizes = writer.weight.detach().float().square().sum(1).view(copies, dimension.units, -1).sum((0, 2))
     kept = sizes.argsort(descending=True)[: (dimension.units + 1) // 2].sort().values
     columns = indices(reader.in_features, dimension.units, 1, kept)
-    whole = models.probe_logits(model, ids)
+    whole = outputs()
     with swapped(model, {dimension.reader: PartialLinear.slice(reader, "columns", columns)}):
-        expected = models.probe_logits(model, ids)
+        expected = outputs()
     try:
         with swapped(model, narrowed(model, dimension, kept)):
-            found = models.probe_logits(model, ids)
+            found = outputs()
     except (RuntimeError, ValueError):  # a shape that is written down somewhere
         return False
     return agrees(found, expected, whole)

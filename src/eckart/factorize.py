@@ -5,21 +5,62 @@ A block's statistics are freed when it is factored, so that an executor may own 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import methods, models, width
-from .calibrate import Calibrated, calibrate
+from .calibrate import Calibrated, calibrate, calibrate_batches
 from .dimensions import Dimension
 from .heads import Heads, PairNarrowing, ValueNarrowing, narrow_pairs, narrow_values
 from .linalg import Metric, WeightedSVD, weighted_svd
+from .losses import Batches
 from .models import Target
 from .quant import noise
 from .quant.noise import Noise
 from .recipe import Recipe
 from .width import Narrowing
+from .windows import Rows
+
+Found = WeightedSVD | Narrowing | ValueNarrowing | PairNarrowing
+
+
+class Decomposition(Protocol):
+    """What choices and modules are made of, wherever it is kept: see `Part`."""
+
+    @property
+    def unit(self) -> float:
+        """Return what turns its squared errors into loss per token."""
+        ...
+
+    @property
+    def decomposed(self) -> bool:
+        """Tell whether it has ranks, or widths, to choose from."""
+        ...
+
+    @property
+    def found(self) -> Found | None:
+        """Return the decomposition itself."""
+        ...
+
+    @property
+    def svd(self) -> WeightedSVD:
+        """Return the decomposition of a matrix."""
+        ...
+
+    @property
+    def narrowing(self) -> Narrowing:
+        """Return the decomposition of a hidden dimension."""
+        ...
+
+    def losses(self) -> Tensor:
+        """Return the estimated loss per token of every rank, or width, from 0 to all (k + 1,)."""
+        ...
+
+    def noises(self) -> Noise | None:
+        """Return what rounding adds to the loss per token, per unit of a storage's noise, where asked for."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +70,14 @@ class Part:
     `found` is None for a matrix that keeps its rank, and `noise` where nothing is stored in few bits.
     """
 
-    found: WeightedSVD | Narrowing | ValueNarrowing | PairNarrowing | None
+    found: Found | None
     unit: float
     noise: Noise | None = None
+
+    @property
+    def decomposed(self) -> bool:
+        """Tell whether it has ranks, or widths, to choose from."""
+        return self.found is not None
 
     def losses(self) -> Tensor:
         """Return the estimated loss per token of every rank, or width, from 0 to all (k + 1,)."""
@@ -67,7 +113,7 @@ class Decomposed:
         bases: names of the matrices that share a right factor; their parts are cuts of one decomposition.
     """
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, Decomposition]
     dimensions: Sequence[Dimension]
     heads: Sequence[Heads]
     blocks: Mapping[str, float]
@@ -83,7 +129,7 @@ class Decomposed:
 
     def losses(self) -> dict[str, Tensor]:
         """Return the estimated loss of every rank or width, by name."""
-        return {name: part.losses() for name, part in self.parts.items() if part.found is not None}
+        return {name: part.losses() for name, part in self.parts.items() if part.decomposed}
 
     def noises(self) -> dict[str, Noise]:
         """Return what rounding adds, by name."""
@@ -93,7 +139,7 @@ class Decomposed:
 
 def by_block(model: nn.Module, found: Sequence[Target]) -> list[list[Target]]:
     """Group targets by transformer block, in order; those outside the blocks come last, together."""
-    prefixes = [f"{name}." for name in models.block_names(model)]
+    prefixes = [f"{name}." for name in models.all_blocks(model)]
     groups: list[list[Target]] = [[] for _ in range(len(prefixes) + 1)]
     for target in found:
         place = next((i for i, prefix in enumerate(prefixes) if target.name.startswith(prefix)), -1)
@@ -105,12 +151,17 @@ def statistics_of(
     recipe: Recipe,
     model: Any,
     names: Sequence[str],
-    rows: Tensor | None,
+    rows: Rows | None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Calibrated:
-    """Return the statistics of the modules `names` that `recipe` asks for, on the windows `rows`."""
+    """Return the statistics of the modules `names` that `recipe` asks for, on the windows or batches `rows`."""
     statistics = recipe.statistics()
-    if rows is None or not statistics:
+    if isinstance(rows, Batches) and statistics:
+        generator = torch.Generator().manual_seed(recipe.seed)
+        return calibrate_batches(
+            model, rows, names, statistics, labels=recipe.labels, generator=generator, watch=watch
+        )
+    if not isinstance(rows, Tensor) or not statistics:
         rows = torch.zeros(0, 2, dtype=torch.int64)
     return calibrate(
         model, rows, names, statistics,
@@ -202,13 +253,15 @@ def factor_block(
     heads: Sequence[Heads],
     calibrated: Calibrated,
     short: dict[str, int],
+    shared: dict[str, Metric] | None = None,
 ) -> dict[str, Part]:
     """Decompose the matrices of one block; matrices that read the same input share its metric's root.
 
-    Matrices that can only be narrowed (form width) are not decomposed by themselves.
+    Matrices that can only be narrowed (form width) are not decomposed by themselves. `shared` keeps these
+    metrics from one call to the next.
     """
     method, stats = recipe.resolved_method(), calibrated.stats
-    shared: dict[str, Metric] = {}
+    shared = {} if shared is None else shared
     outputs = {attention.output: attention for attention in heads}
     queries = {attention.query: attention for attention in heads if attention.interleaved is not None}
     readers = {dimension.reader: dimension for dimension in dimensions}
@@ -269,4 +322,4 @@ def loss_unit(method: methods.Method, calibrated: Calibrated, name: str) -> floa
     if method.outputs != "gradient":
         return 1.0
     seen = calibrated.stats.moment("gradient", name).count
-    return seen / calibrated.gradient_tokens / 2
+    return seen / calibrated.loss_terms / 2

@@ -19,12 +19,13 @@ from . import (
     dimensions,
     heads,
     hub,
-    measure,
+    losses,
     memory,
     mend,
     models,
     plugin,
     rebuild,
+    running,
     selection,
     sharing,
     stock,
@@ -44,8 +45,8 @@ from .healing import Refined
 from .linalg import check_matrix
 from .models import Target
 from .recipe import FLOAT, Recipe, to_yaml
-from .result import Module, Quality, Result, Sizes
-from .windows import Windows
+from .result import Measured, Module, Quality, Result, Sizes
+from .windows import Rows, Windows
 
 _DEPTH_WINDOWS = 2
 Watch = Callable[[str, int, int], None]
@@ -77,8 +78,8 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
         ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
         RankError: the budget cannot be reached.
     """
-    found = _targets(recipe, model)
-    limit = _limit(recipe, model, found, stored)
+    found = targets_of(recipe, model)
+    limit = limit_of(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
     suspected = dimensions.find(model, found)
     bases = _bases(recipe, model, found, suspected)
@@ -87,14 +88,16 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
     return Plan(recipe, choices, models.parameter_count(model), exact)
 
 
-def _targets(recipe: Recipe, model: nn.Module) -> list[Target]:
+def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
+    """Return the matrices that `recipe` treats, with those that it only stores."""
     found = models.targets(model, recipe.include, recipe.exclude)
     models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
     stored = recipe.embeddings_storage != FLOAT
     return [*found, *models.ends(model, found, recipe.exclude)] if stored else found
 
 
-def _limit(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> Budget:
+def limit_of(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> Budget:
+    """Return what there is to spend on `found`."""
     itemsize = output_dtype(recipe, stored).itemsize
     attentions = dimensions.find(model, found) if _by_heads(recipe) else []
     fixed = fixed_bytes(
@@ -135,14 +138,22 @@ class Prepared:
     decomposed: Decomposed
     before: Sizes
     texts: Windows
-    dense: measure.Perplexity | None
-    dense_foreign: measure.Perplexity | None
+    dense: Measured | None
+    dense_foreign: Measured | None
     calibrated: Calibrated
     run: Run
 
 
-def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None, material: Windows | None = None
+) -> Prepared:
     """Measure the dense model, calibrate on it and decompose its matrices; it stays as it is.
+
+    Args:
+        recipe: what to do.
+        loaded: the model.
+        watch: called with (stage, done, total).
+        material: what to run it on, and how its loss is measured; default: what the recipe names.
 
     Raises:
         EckartError: any of its subclasses.
@@ -151,27 +162,22 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     model = loaded.model
     if models.low_rank_modules(model) or stores.stored(model):
         raise ModelError("the model is already low-rank or in few bits: eckart.densify it first")
-    found = _targets(recipe, model)
-    recipe.check_text()
+    found = targets_of(recipe, model)
     for target in found:
         check_matrix(models.weight(model, target), target.name)
-    narrowable = _dimensions(recipe, model, found)
+    texts = _material(recipe, loaded, run, material)
+    narrowable = _dimensions(recipe, model, found, texts)
     bases = _bases(recipe, model, found, dimensions.find(model, found))
     # An unreachable budget is refused now, not after the calibration.
-    selection.unseen(recipe, _limit(recipe, model, found, loaded.stored), model, found, narrowable, bases)
-    attentions = _heads(recipe, model, found)
-    with run.stage("read text"):
-        texts = windows.read(recipe, loaded.tokenizer, run.warnings)
-        if texts.held_out is not None:
-            measure.check_length(model, recipe.seq_len)
-            measure.check_causal(model)
+    selection.unseen(recipe, limit_of(recipe, model, found, loaded.stored), model, found, narrowable, bases)
+    attentions = _heads(recipe, model, found) if texts.is_text else []
     dense = _measure(run, "measure dense", model, texts.held_out)
     dense_foreign = _measure(run, "measure dense", model, texts.foreign)
     with run.stage("calibrate") as progress:
         names = [name for target in found for name in target.modules]
         calibrated = statistics_of(recipe, model, names, texts.calibration, progress)
     blocks: dict[str, float] = {}
-    if recipe.depth and texts.trial is not None:
+    if recipe.depth and isinstance(texts.trial, Tensor):
         with run.stage("try blocks") as progress:
             blocks = rebuild.block_losses(model, found, texts.trial[:_DEPTH_WINDOWS], progress)
     with run.stage("factor") as progress:
@@ -180,6 +186,16 @@ def prepare(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> P
     before = sizes(model, found, output_dtype(recipe, loaded.stored))
     decomposed = Decomposed(parts, narrowable, attentions, blocks, bases)
     return Prepared(loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run)
+
+
+def _material(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None) -> Windows:
+    """Return what to run the dense model on, with what it gives where that is compared with later."""
+    with run.stage("read data"):
+        if material is None:
+            recipe.check_text()
+            material = windows.read(recipe, loaded.tokenizer, run.warnings)
+        running.check(recipe, material, loaded.model)
+        return running.remembered(loaded.model, material)
 
 
 def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
@@ -200,12 +216,15 @@ def _by_heads(recipe: Recipe) -> bool:
     return recipe.resolved_method().form == "width" and not recipe.stock
 
 
-def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Dimension]:
+def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target], texts: Windows) -> list[Dimension]:
     """Return the hidden dimensions that may be made narrower, each verified."""
     if not recipe.resolved_method().narrows:
         return []
     suspected = dimensions.find(model, found)
-    verified = dimensions.verified(model, suspected)
+    seen = running.outputs(model, texts)
+    verified = dimensions.verified(
+        model, suspected, lambda whole, dimension: dimensions.holds(whole, dimension, seen)
+    )
     if recipe.resolved_method().form == "width" and not any(found.kind == "mlp" for found in verified):
         raise ModelError(
             f"{type(model).__name__} has no MLP that can be made narrower among the treated matrices: its "
@@ -242,7 +261,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         foreign = _measure(run, "measure one shot", model, texts.foreign)
         healing = _healed(recipe, prepared, model, original, ward)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
-    computed = model.dtype
+    computed = losses.dtype_of(model)
     after = sizes(models.cast(model, dtype), found, dtype)
     _check_fits(model, dtype)
     compressed = _measure(run, "measure compressed", models.cast(model, computed), texts.held_out)
@@ -263,9 +282,10 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         held_out=texts.own_text,
         predicted_increase=predicted if recipe.resolved_method().outputs == "gradient" else None,
         calibration_tokens=prepared.calibrated.tokens,
+        calibration_unit=running.unit(texts),
         gradient_tokens=prepared.calibrated.gradient_tokens,
         seconds=dict(run.seconds),
-        peak_memory=memory.peak_bytes(model.device),
+        peak_memory=memory.peak_bytes(losses.device_of(model)),
         warnings=list(run.warnings),
         one_shot=one_shot,
         foreign=Quality.of(prepared.dense_foreign, foreign, elsewhere),
@@ -281,10 +301,16 @@ def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[M
     """Choose, and put the modules into the model; return it, its targets and what became of them."""
     run, found, model = prepared.run, prepared.found, prepared.loaded.model
     dtype = output_dtype(recipe, prepared.loaded.stored)
-    limit = _limit(recipe, model, found, prepared.loaded.stored)
+    limit = limit_of(recipe, model, found, prepared.loaded.stored)
     with run.stage("choose") as progress:
+        trial, decomposed = prepared.texts.trial, prepared.decomposed
+
+        def tried(choices: Sequence[Choice]) -> Tensor:
+            assert trial is not None
+            return selection.trial_losses(model, decomposed, choices, trial)
+
         choices = selection.choose(
-            recipe, limit, model, found, prepared.decomposed, prepared.texts.trial, progress
+            recipe, limit, model, found, decomposed, None if trial is None else tried, progress
         )
     with run.stage("replace") as progress:
         made = assemble.build_modules(model, choices, prepared.decomposed, dtype, progress)
@@ -312,7 +338,7 @@ def _store(recipe: Recipe, prepared: Prepared, model: Any, kept: Kept) -> None:
 
 def _anchor(recipe: Recipe, prepared: Prepared, model: Any, original: Any) -> None:
     """Solve again for every map, on the inputs that it now sees, for the outputs that there were."""
-    assert prepared.texts.calibration is not None
+    assert isinstance(prepared.texts.calibration, Tensor)
     with prepared.run.stage("anchor") as progress:
         metrics = closed.Metrics({})
         closed.refit(
@@ -346,8 +372,8 @@ def _healed(
     return tuple(found)
 
 
-def _digest(rows: Tensor | None) -> str:
-    return mend.hash_of(None if rows is None else rows.tolist())
+def _digest(rows: Rows | None) -> str:
+    return mend.hash_of(rows.tolist() if isinstance(rows, Tensor) else None)
 
 
 def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:
@@ -356,11 +382,11 @@ def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:
             raise NotFinite(f"{name} does not fit {dtype}: choose dtype bfloat16 or float32")
 
 
-def _measure(run: Run, name: str, model: Any, rows: Tensor | None) -> measure.Perplexity | None:
+def _measure(run: Run, name: str, model: Any, rows: Rows | None) -> Measured | None:
     if rows is None:
         return None
     with run.stage(name) as progress:
-        return measure.perplexity(model, rows, progress)
+        return running.quality(model, rows, progress)
 
 
 def load_for(recipe: Recipe, low_rank: bool = False) -> hub.Loaded:

@@ -35,7 +35,7 @@ class Calibrated:
 
 
 @contextmanager
-def _gradients_from(entry: nn.Module, model: nn.Module) -> Iterator[None]:
+def gradients_from(entry: nn.Module, model: nn.Module) -> Iterator[None]:
     """Let gradients start at the output of `entry`; parameters need none, which saves their products."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
@@ -98,7 +98,7 @@ def calibrate(
     body = _body(model, names)
     entry = models.hidden_states_entry(model)
     done = 0
-    with _gradients_from(entry, model), collect(model, names, statistics) as stats:
+    with gradients_from(entry, model), collect(model, names, statistics) as stats:
         for index, window in enumerate(windows.to(model.device)):
             if index in with_gradient:
                 with torch.enable_grad():

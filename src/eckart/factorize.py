@@ -154,7 +154,7 @@ def statistics_of(
     rows: Rows | None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Calibrated:
-    """Return the statistics of the modules `names` that `recipe` asks for, on the windows or batches `rows`."""
+    """Return the statistics of the modules `names` that `recipe` asks for, on windows or batches."""
     statistics = recipe.statistics()
     if isinstance(rows, Batches) and statistics:
         generator = torch.Generator().manual_seed(recipe.seed)
@@ -200,12 +200,16 @@ def factor(
             calibrated.stats.forget([name for target in group for name in target.modules])
         done += len(group)
         progress(done, len(found))
-    warnings = [
+    return parts, shortages(recipe, short)
+
+
+def shortages(recipe: Recipe, short: Mapping[str, int]) -> list[str]:
+    """Return the warnings about moments of a kind that lack so many tokens."""
+    return [
         f"too few tokens for the rank of some {kind} moments: {need:,} are needed, damping "
         f"({recipe.damp:g}) fills the gap"
         for kind, need in short.items()
     ]
-    return parts, warnings
 
 
 def _joined(groups: list[list[Target]], bases: Sequence[tuple[str, ...]]) -> list[list[Target]]:

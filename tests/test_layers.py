@@ -24,6 +24,7 @@ LAYERS = {
     "nystrom": 2,
     "render": 2,
     "width": 2,
+    "consensus": 3,
     "embeddings": 3,
     "lessons": 3,
     "methods": 3,

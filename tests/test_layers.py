@@ -29,6 +29,7 @@ LAYERS = {
     "lessons": 3,
     "methods": 3,
     "ranks": 3,
+    "shared": 3,
     "overrides": 4,
     "recipe": 5,
     "models": 6,

@@ -73,7 +73,8 @@ def _spread(values: Tensor) -> float | None:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
-def _summary(model: Any, losses: Tensor, seq_len: int) -> Perplexity:
+def summary(model: Any, losses: Tensor, seq_len: int) -> Perplexity:
+    """Return what `losses` (k,) of windows of `seq_len` tokens come to."""
     loss = float(losses.mean())
     return Perplexity(
         perplexity=float(torch.tensor(loss, dtype=torch.float64).exp()),
@@ -117,7 +118,7 @@ def perplexity(model: Any, windows: Tensor, progress: Progress | None = None) ->
     Raises:
         NotFinite: a logit is NaN or infinite.
     """
-    return _summary(model, window_losses(model, windows, progress), windows.shape[1])
+    return summary(model, window_losses(model, windows, progress), windows.shape[1])
 
 
 @torch.no_grad()
@@ -170,8 +171,8 @@ def compare(model: Any, reference: Any, windows: Tensor, progress: Progress | No
             progress(done, len(windows))
     own_loss, other_loss, kl, agreement = torch.stack(rows).unbind(1)
     return Comparison(
-        model=_summary(model, own_loss, windows.shape[1]),
-        reference=_summary(reference, other_loss, windows.shape[1]),
+        model=summary(model, own_loss, windows.shape[1]),
+        reference=summary(reference, other_loss, windows.shape[1]),
         kl=float(kl.mean()),
         agreement=float(agreement.mean()),
         difference=float((own_loss - other_loss).mean()),

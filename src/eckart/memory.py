@@ -70,7 +70,7 @@ class Watermark:
             self.resting = torch.cuda.memory_allocated(device)
         else:
             self.exact = _forget_peak()
-            self.resting = _resident()
+            self.resting = resident()
 
     def peak(self) -> int:
         """Return the peak so far, in bytes."""
@@ -87,7 +87,8 @@ def _forget_peak() -> bool:
     return True
 
 
-def _resident() -> int:
+def resident() -> int:
+    """Return the bytes of this process that are in memory."""
     if _STATUS.is_file():
         return _status("VmRSS")
     import psutil  # type: ignore[import-untyped]  # accelerate brings it

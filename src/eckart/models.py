@@ -95,6 +95,21 @@ def block_names(model: nn.Module) -> list[str]:
     return max(stacks.values())[1]
 
 
+def all_blocks(model: nn.Module) -> list[str]:
+    """Return the names of the blocks of all stacks of `model` (of an encoder, a decoder), none without any.
+
+    A stack is a ModuleList of one class of modules that hold matrices, inside no other stack.
+    """
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
+            continue
+        hold = all(isinstance(part, nn.Module) and any(part.children()) for part in module)
+        if hold and any(w.ndim > 1 for w in module.parameters()) and owner(name, found) is None:
+            found += [f"{name}.{index}" for index in range(len(module))]
+    return found
+
+
 def owner(name: str, blocks: Iterable[str]) -> str | None:
     """Return the one of `blocks` that the module `name` is inside of, or None."""
     return next((block for block in blocks if name.startswith(f"{block}.")), None)
@@ -103,8 +118,8 @@ def owner(name: str, blocks: Iterable[str]) -> str | None:
 def targets(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Target]:
     """Return the matrices to treat.
 
-    Without `include`, every nn.Linear inside the transformer blocks: embeddings and the output
-    head stay as they are. Patterns are globs on dotted names, whole or from a dot on
+    Without `include`, every nn.Linear inside the transformer blocks of all stacks (of a model without any,
+    every nn.Linear): embeddings and head stay. Patterns are globs on dotted names, whole or from a dot on
     (`q_proj`, `layers.0.*`, `model.layers.*.mlp.*`, `embed_tokens`, `lm_head`). A head that is
     tied to the embeddings and the embeddings are one matrix: either name chooses it.
 
@@ -192,12 +207,7 @@ def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
 
 
 def _default_names(model: nn.Module, linears: Sequence[str]) -> list[str]:
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder: only decoder-only models are treated by "
-            "default; name the matrices with --include"
-        )
-    prefixes = tuple(f"{block}." for block in block_names(model))
+    prefixes = tuple(f"{block}." for block in all_blocks(model)) or ("",)
     _refuse_untreatable(model, prefixes)
     return [name for name in linears if name.startswith(prefixes)]
 

@@ -4,10 +4,8 @@ Stages are values: statistics -> decompositions -> choices -> modules.
 """
 
 import copy
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,15 +44,10 @@ from .linalg import check_matrix
 from .models import Target
 from .recipe import FLOAT, Recipe, to_yaml
 from .result import Measured, Module, Quality, Result, Sizes
+from .stages import Run, Watch, silent
 from .windows import Rows, Windows
 
 _DEPTH_WINDOWS = 2
-Watch = Callable[[str, int, int], None]
-"""Called with the name of the stage, what is done and what there is to do."""
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Watch nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,24 +104,6 @@ def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
     return hub.dtype(recipe.dtype) if recipe.dtype else stored
 
 
-@dataclass(slots=True)
-class Run:
-    """The moving parts of one run: clock, warnings, watcher."""
-
-    watch: Watch
-    seconds: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Time what is done inside, and give what to report its progress to."""
-        start = time.perf_counter()
-        self.watch(name, 0, 1)
-        yield lambda done, total: self.watch(name, done, total)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        memory.give_back()
-
-
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A dense model with everything that does not depend on the budget: it serves every budget."""
@@ -158,7 +133,7 @@ def prepare(
     Raises:
         EckartError: any of its subclasses.
     """
-    run = Run(watch or _silent)
+    run = Run(watch or silent)
     model = loaded.model
     if models.low_rank_modules(model) or stores.stored(model):
         raise ModelError("the model is already low-rank or in few bits: eckart.densify it first")

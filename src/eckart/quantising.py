@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from . import assemble, correcting, hub, measure, memory, models, plugin, storing, windows
+from . import assemble, correcting, hub, losses, memory, models, plugin, running, storing, windows
 from .accounting import sizes
 from .calibrate import Calibrated
 from .embeddings import FactoredEmbedding, FactoredHead
@@ -16,8 +16,9 @@ from .factorize import matrix_metrics, statistics_of
 from .linalg import Metric
 from .models import LowRankModule, Target
 from .recipe import AUTO, FLOAT, Recipe
-from .result import Module, Quality, Result
+from .result import Measured, Module, Quality, Result
 from .stores import stored
+from .windows import Windows
 
 Watch = Callable[[str, int, int], None]
 Progress = Callable[[int, int], None]
@@ -43,7 +44,7 @@ def holdings(model: nn.Module, recipe: Recipe) -> list[Held]:
         raise ModelError(
             "the model is stored in few bits already: eckart.densify it first, or take its source"
         )
-    blocks = models.block_names(model)
+    blocks = models.all_blocks(model)
     found: list[Held] = []
     for name, module in model.named_modules():
         inside = any(models.owner(name, [held.target.name]) for held in found[-1:])
@@ -78,8 +79,12 @@ def _factored_ends(model: nn.Module, recipe: Recipe) -> list[tuple[Target, int]]
     ]
 
 
-def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> tuple[Any, Result]:
+def quantise(
+    recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None, material: Windows | None = None
+) -> tuple[Any, Result]:
     """Store the model in place, in the metric of the recipe's method on its text, and measure it.
+
+    `material` is what to run it on; default: what the recipe names.
 
     Raises:
         ConfigError: no storage, or text is missing.
@@ -91,13 +96,13 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
     model, warnings, clock = loaded.model, list[str](), time.perf_counter()
     found = holdings(model, recipe)
     targets = [held.target for held in found]
-    texts = windows.read(recipe, loaded.tokenizer, warnings)
+    texts = running.remembered(model, material or windows.read(recipe, loaded.tokenizer, warnings))
     dtype = hub.dtype(recipe.dtype) if recipe.dtype else loaded.stored
     before = sizes(model, targets, dtype)
 
-    def measured(stage: str) -> list[measure.Perplexity | None]:
+    def measured(stage: str) -> list[Measured | None]:
         return [
-            None if rows is None else measure.perplexity(model, rows, lambda at, of: show(stage, at, of))
+            None if rows is None else running.quality(model, rows, lambda at, of: show(stage, at, of))
             for rows in (texts.held_out, texts.foreign)
         ]
 
@@ -108,7 +113,7 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
     )
     _store(recipe, model, found, calibrated, lambda done, total: show("round", done, total))
     plugin.mark(model)
-    computed = model.dtype
+    computed = losses.dtype_of(model)
     after = sizes(models.cast(model, dtype), targets, dtype)
     models.cast(model, computed)
     now = measured("measure after")
@@ -128,8 +133,9 @@ def quantise(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> 
         predicted_increase=None,
         calibration_tokens=calibrated.tokens,
         gradient_tokens=calibrated.gradient_tokens,
+        calibration_unit=running.unit(texts),
         seconds={"all": time.perf_counter() - clock},
-        peak_memory=memory.peak_bytes(model.device),
+        peak_memory=memory.peak_bytes(losses.device_of(model)),
         warnings=warnings,
         foreign=Quality.of(dense[1], None, now[1]),
     )

@@ -15,12 +15,10 @@ from .pipeline import Plan
 from .quant import storage
 from .recipe import FLOAT, Recipe, to_yaml
 from .render import markdown_table, table, to_json
+from .report_quality import Row, calibration_line, not_measured, quality_remarks, quality_rows
 from .result import Module, Result
 
-SizeRow = tuple[str, str, str, str]
 _MODULES_SHOWN = 8
-_FEW_TOKENS = 2_000
-_FAR_OFF = 1.5
 _SHORTEST = 0.05
 
 
@@ -32,7 +30,7 @@ def _share(after: float, before: float) -> str:
     return f"{after / before:.3f}" if before else ""
 
 
-def size_rows(result: Result) -> list[SizeRow]:
+def size_rows(result: Result) -> list[Row]:
     """Return the rows (what, before, after, share) of the table of sizes."""
     before, after = result.before, result.after
     rows = [
@@ -74,34 +72,6 @@ def size_rows(result: Result) -> list[SizeRow]:
     return rows
 
 
-def quality_rows(result: Result) -> list[SizeRow]:
-    """Return the rows (what, dense, compressed, change) of the table of quality; empty without text."""
-    if result.dense is None or result.compressed is None:
-        return []
-    dense, small = result.dense, result.compressed
-    rows = [
-        (
-            f"perplexity on {small.predicted:,} tokens",
-            f"{dense.perplexity:.2f}",
-            f"{small.perplexity:.2f}",
-            f"x {small.perplexity / dense.perplexity:.3f}",
-        ),
-        ("loss, nats per token", f"{dense.loss:.4f}", f"{small.loss:.4f}", f"{small.loss - dense.loss:+.4f}"),
-    ]
-    if result.predicted_increase is not None:
-        rows.append(("  predicted from curvature", "", "", f"{result.predicted_increase:+.4f}"))
-    if result.one_shot is not None:
-        shot = result.one_shot.perplexity
-        rows.append(("  before healing", "", f"{shot:.2f}", f"x {shot / dense.perplexity:.3f}"))
-    if result.foreign is not None:
-        other, now = result.foreign.dense.perplexity, result.foreign.compressed.perplexity
-        rows.append(("perplexity on foreign text", f"{other:.2f}", f"{now:.2f}", f"x {now / other:.3f}"))
-        if result.healing:
-            shot = result.foreign.one_shot.perplexity
-            rows.append(("  before healing", "", f"{shot:.2f}", f"x {shot / other:.3f}"))
-    return rows
-
-
 def remarks(result: Result) -> list[str]:
     """Return what a reader must not overlook."""
     found = list(result.warnings)
@@ -120,29 +90,9 @@ def remarks(result: Result) -> list[str]:
         found.append(
             f"{kept_dense} of {len(result.modules)} matrices gain nothing at this budget and stay dense"
         )
-    found += _quality_remarks(result)
+    found += quality_remarks(result)
     if result.recipe.heal is not None:
         found += report_healing.remarks(result.recipe.heal, result.healing, result.foreign)
-    return found
-
-
-def _quality_remarks(result: Result) -> list[str]:
-    if result.dense is None or result.compressed is None:
-        return ["quality was not measured: give text or eval_text"]
-    found = []
-    if result.held_out:
-        found.append("measured on the last 5 % of the calibration text, which calibration left out")
-    else:
-        names = ", ".join(Path(source).name for source in result.recipe.eval_text)
-        found.append(f"measured on {names}")
-    if result.compressed.predicted < _FEW_TOKENS:
-        found.append(f"{result.compressed.predicted:,} tokens are too few for a reliable perplexity")
-    shot = result.one_shot or result.compressed
-    increase, predicted = shot.loss - result.dense.loss, result.predicted_increase
-    if predicted is not None and increase > _FAR_OFF * predicted:
-        found.append(
-            "the loss rose far more than predicted: the prediction is of second order, for small losses"
-        )
     return found
 
 
@@ -186,15 +136,6 @@ def storage_rows(result: Result) -> list[tuple[str, ...]]:
         bits = 8 * DTYPES[result.dtype].itemsize if stored == FLOAT else storage.get(stored).bits()
         rows.append((stored, form, str(len(found)), f"{after:,}", _share(after, before), f"{bits:.3g}"))
     return rows
-
-
-def calibration_line(result: Result) -> str:
-    """Return what the statistics were made of."""
-    with_gradients = f", {result.gradient_tokens:,} of them with gradients" if result.gradient_tokens else ""
-    return (
-        f"calibration: {result.calibration_tokens:,} tokens{with_gradients}; moments summed in float32, "
-        f"damped by {result.recipe.damp:g} of their mean diagonal"
-    )
 
 
 def _budget(result: Result) -> str:
@@ -302,7 +243,7 @@ Notes:
 
 {notes}
 
-Not measured: anything but perplexity on one text. The licence and terms of the base model apply.
+Not measured: anything but {not_measured(result)}. The licence and terms of the base model apply.
 
 ## Matrices that gave most
 {markdown_table(("module", "shape", "form", "rank", "storage", "share"), modules)}

@@ -5,11 +5,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .healing import Healing, Refined
+from .losses import MeasuredLoss
 from .measure import Perplexity
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+Measured = Perplexity | MeasuredLoss
+"""Of causal language models on text, and of other models on batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +61,12 @@ class Quality:
     compressed: Perplexity
 
     @classmethod
-    def of(
-        cls, dense: Perplexity | None, before: Perplexity | None, now: Perplexity | None
-    ) -> "Quality | None":
+    def of(cls, dense: Measured | None, before: Measured | None, now: Measured | None) -> "Quality | None":
         """Return it where there was text to measure on; without healing, before is now."""
-        return None if dense is None or now is None else cls(dense, before or now, now)
+        before = before or now
+        if not (isinstance(dense, Perplexity) and isinstance(before, Perplexity)):
+            return None
+        return cls(dense, before, now) if isinstance(now, Perplexity) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,7 @@ class Result:
     `source_bytes` is the size of the input's weight files, `file_bytes` that of the output's, both
     measured (None where there are none). `predicted_increase` estimates the loss increase per
     token from the curvature of the calibration loss, None for methods without gradients.
+    Statistics are means over `calibration_tokens`, which are samples where that is the `calibration_unit`.
     `compressed` is measured at the end, `one_shot` before the refinements in `healing` (None where there
     are none), and `foreign` is the same for a text of another kind. `seconds` are per stage,
     `peak_memory` in bytes.
@@ -83,8 +90,8 @@ class Result:
     before: Sizes
     after: Sizes
     source_bytes: int | None
-    dense: Perplexity | None
-    compressed: Perplexity | None
+    dense: Measured | None
+    compressed: Measured | None
     held_out: bool
     predicted_increase: float | None
     calibration_tokens: int
@@ -93,9 +100,10 @@ class Result:
     peak_memory: Mapping[str, int]
     warnings: list[str]
     file_bytes: int | None = None
-    one_shot: Perplexity | None = None
+    one_shot: Measured | None = None
     foreign: Quality | None = None
     healing: tuple[Refined, ...] = ()
+    calibration_unit: str = "tokens"
 
     @property
     def keep_linears(self) -> float:

@@ -121,7 +121,7 @@ def cheapened(choices: Sequence[Choice]) -> list[Choice]:
 
 
 def trial_losses(model: Any, found: Decomposed, choices: Sequence[Choice], rows: Rows) -> Tensor:
-    """Return the loss on each of the windows, or batches, `rows` that `model` would have with `choices` (k,)."""
+    """Return the loss on each of the windows, or batches, that `model` would have with `choices` (k,)."""
     dtype = losses.dtype_of(model)
     made = assemble.build_modules(model, cheapened(choices), found, dtype, lambda done, total: None)
     with dimensions.swapped(model, made), rebuild.skipped(model, dropped(found, choices)):

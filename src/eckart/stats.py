@@ -251,7 +251,7 @@ class _Collector:
             self.add("fisher", name, _weight_gradient(rows, flat, width).square().sum(0), 1)
             return
         samples = samples.to(rows.device)
-        for sample in samples.unique():
+        for sample in sorted(set(samples.tolist())):
             chosen = samples == sample if real is None else (samples == sample) & real.to(rows.device)
             if bool(chosen.any()):
                 gradient = _weight_gradient(rows[chosen], flat[chosen], width)

@@ -14,6 +14,7 @@ from .factorize import Decomposed, matrix_metrics, statistics_of
 from .linalg import Metric
 from .quant import leaves, rounding, storage, tables
 from .recipe import FLOAT, Recipe
+from .windows import Rows
 
 Metrics = tuple[Metric, Metric]
 _SHARED = 4
@@ -25,7 +26,7 @@ def store(
     kept: Sequence[tuple[Choice, str]],
     found: Decomposed,
     calibrated: Calibrated,
-    rows: Tensor | None,
+    rows: Rows | None,
     progress: Callable[[int, int], None],
 ) -> None:
     """Store the matrices of `model`, in place, as chosen.

@@ -1,6 +1,6 @@
-"""The windows of text that a run needs: to calibrate on, to try choices on, to measure on."""
+"""What a run needs: windows of text, or batches, to calibrate on, to try choices on, to measure on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -8,28 +8,40 @@ from torch import Tensor
 
 from . import text
 from .errors import ModelError
+from .losses import Batches
 from .recipe import Recipe
 
 _TRIAL_TOKENS = 4_096
+Rows = Tensor | Batches
+"""Token ids (k, seq_len) of a causal language model, or batches of any model with their loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Token ids (k, seq_len) each, None where there is no text for it.
+    """Rows for each of these, None where there is nothing for it.
 
     calibration: for the statistics.
     trial: of the same text, to choose between ways of compressing; not among `calibration` where the
         text is long enough.
     held_out: to measure on; never part of the others.
     foreign: to measure on, of another kind.
-    own_text: whether `held_out` is the end of the text that was calibrated on.
+    own_text: whether `held_out` is the end of what was calibrated on.
     """
 
-    calibration: Tensor | None
-    trial: Tensor | None
-    held_out: Tensor | None
+    calibration: Rows | None
+    trial: Rows | None
+    held_out: Rows | None
     own_text: bool
-    foreign: Tensor | None = None
+    foreign: Rows | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """Tell whether it is windows of a causal language model, and no batches."""
+        return not any(isinstance(rows, Batches) for rows in (self.calibration, self.held_out))
+
+    def with_rows(self, **rows: Rows) -> "Windows":
+        """Return the same with other rows."""
+        return replace(self, **rows)  # type: ignore[arg-type]
 
 
 def read(recipe: Recipe, tokenizer: Any, warnings: list[str]) -> Windows:

@@ -23,6 +23,7 @@ from .healing import Healing
 from .overrides import Override
 from .plugin import densify
 from .recipe import Recipe
+from .scratch.preset import from_config
 from .stats import collect
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "diff",
     "evaluate",
     "extract",
+    "from_config",
     "heal",
     "interpolative",
     "linalg",

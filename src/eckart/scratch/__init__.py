@@ -1,0 +1,1 @@
+"""Low rank from the first step (preset), and low rank by persuasion (penalties); both run in Trainer."""

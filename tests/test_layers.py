@@ -72,6 +72,7 @@ LAYERS = {
     "commands_params": 12,
     "mend": 12,
     "report_healing": 12,
+    "report_sizes": 12,
     "report_quality": 13,
     "pipeline": 13,
     "report": 14,

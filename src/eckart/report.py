@@ -9,67 +9,18 @@ from rich.text import Text
 
 from . import environment, report_healing
 from .choices import Choice
-from .hub import DTYPES, MB
+from .hub import DTYPES
 from .measure import Comparison, Perplexity
 from .pipeline import Plan
 from .quant import storage
 from .recipe import FLOAT, Recipe, to_yaml
 from .render import markdown_table, table, to_json
 from .report_quality import Row, calibration_line, not_measured, quality_remarks, quality_rows
+from .report_sizes import mb, share, size_rows
 from .result import Module, Result
 
 _MODULES_SHOWN = 8
 _SHORTEST = 0.05
-
-
-def _mb(size: int) -> str:
-    return f"{size / MB:,.1f} MB"
-
-
-def _share(after: float, before: float) -> str:
-    return f"{after / before:.3f}" if before else ""
-
-
-def size_rows(result: Result) -> list[Row]:
-    """Return the rows (what, before, after, share) of the table of sizes."""
-    before, after = result.before, result.after
-    rows = [
-        (what, f"{start:,}", f"{end:,}", _share(end, start))
-        for what, start, end in (
-            ("parameters of the linears", before.linears, after.linears),
-            ("parameters of the model", before.model, after.model),
-            ("FLOPs per token, the linears", before.linear_flops, after.linear_flops),
-            ("FLOPs per token, all nn.Linear", before.model_flops, after.model_flops),
-        )
-    ]
-    rows.append(
-        (
-            f"bytes of the linears in {result.dtype}",
-            _mb(before.linear_bytes),
-            _mb(after.linear_bytes),
-            _share(after.linear_bytes, before.linear_bytes),
-        )
-    )
-    written = result.file_bytes or after.bytes
-    how = "on disk" if result.file_bytes else "computed"
-    rows.append(
-        (
-            f"weight file in {result.dtype}, {how}",
-            _mb(before.bytes),
-            _mb(written),
-            _share(written, before.bytes),
-        )
-    )
-    if result.source_bytes:
-        rows.append(
-            (
-                "against the input file",
-                _mb(result.source_bytes),
-                _mb(written),
-                _share(written, result.source_bytes),
-            )
-        )
-    return rows
 
 
 def remarks(result: Result) -> list[str]:
@@ -79,7 +30,7 @@ def remarks(result: Result) -> list[str]:
     if result.source_bytes and written > result.source_bytes:
         found.append(
             f"the output in {result.dtype} is larger than the input file, which is stored in fewer bits: "
-            f"{_mb(written)} against {_mb(result.source_bytes)}; quantise it to go below"
+            f"{mb(written)} against {mb(result.source_bytes)}; quantise it to go below"
         )
     kept_dense = sum(module.form == "dense" for module in result.modules)
     if _is_stored(result):
@@ -113,7 +64,7 @@ def renderable(result: Result) -> RenderableType:
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in spent.items())
     if seconds:
         parts.append(Text(f"time: {seconds}"))
-    memory = ", ".join(f"{name} {_mb(size)}" for name, size in result.peak_memory.items())
+    memory = ", ".join(f"{name} {mb(size)}" for name, size in result.peak_memory.items())
     parts.append(Text(f"peak memory: {memory}"))
     return Group(*parts)
 
@@ -134,7 +85,7 @@ def storage_rows(result: Result) -> list[tuple[str, ...]]:
     for (stored, form), found in sorted(groups.items()):
         after, before = (sum(getattr(m, name) for m in found) for name in ("after", "before"))
         bits = 8 * DTYPES[result.dtype].itemsize if stored == FLOAT else storage.get(stored).bits()
-        rows.append((stored, form, str(len(found)), f"{after:,}", _share(after, before), f"{bits:.3g}"))
+        rows.append((stored, form, str(len(found)), f"{after:,}", share(after, before), f"{bits:.3g}"))
     return rows
 
 
@@ -230,7 +181,7 @@ def model_card(result: Result, folder: str) -> str:
     rows = [*size_rows(result), *quality_rows(result)]
     smallest = sorted(result.modules, key=lambda module: module.after / module.before)[:_MODULES_SHOWN]
     modules = [
-        (m.name, f"{m.shape[0]} x {m.shape[1]}", m.form, str(m.rank), m.storage, _share(m.after, m.before))
+        (m.name, f"{m.shape[0]} x {m.shape[1]}", m.form, str(m.rank), m.storage, share(m.after, m.before))
         for m in smallest
     ]
     notes = "\n".join(f"- {remark}" for remark in remarks(result))

@@ -15,7 +15,7 @@ from .pipeline import Plan
 from .quant import storage
 from .recipe import FLOAT, Recipe, to_yaml
 from .render import markdown_table, table, to_json
-from .report_quality import Row, calibration_line, not_measured, quality_remarks, quality_rows
+from .report_quality import calibration_line, not_measured, quality_remarks, quality_rows
 from .report_sizes import mb, share, size_rows
 from .result import Module, Result
 

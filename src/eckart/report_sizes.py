@@ -1,8 +1,9 @@
 """What a report says of sizes: parameters, FLOPs, bytes."""
 
 from .hub import MB
-from .report_quality import Row
 from .result import Result
+
+Row = tuple[str, str, str, str]
 
 
 def mb(size: int) -> str:

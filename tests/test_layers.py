@@ -78,6 +78,7 @@ LAYERS = {
     "report": 14,
     "api": 15,
     "commands_quantise": 16,
+    "evaluating": 16,
     "cli": 20,
     "__main__": 21,
     "quant": 0,

@@ -9,7 +9,7 @@ from . import interpolative, linalg, nystrom
 from .adapt.difference import diff
 from .adapt.session import tune
 from .adapt.toolbox import extract, merge, resize
-from .api import compress, evaluate, heal, load, quantise, save
+from .api import compress, heal, load, quantise, save
 from .errors import (
     ConfigError,
     EckartError,
@@ -19,6 +19,7 @@ from .errors import (
     RankError,
     StoreError,
 )
+from .evaluating import evaluate
 from .healing import Healing
 from .overrides import Override
 from .plugin import densify

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from . import hub, models, plugin
@@ -42,6 +43,8 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 def written(model: Any) -> dict[str, Tensor]:
     """Return the tensors that are written for `model`."""
-    # Some architectures are stored under other names than they have in memory.
-    tensors: dict[str, Tensor] = revert_weight_conversion(model, models.state_tensors(model))
+    tensors: dict[str, Tensor] = models.state_tensors(model)
+    if isinstance(model, PreTrainedModel):
+        # Some architectures are stored under other names than they have in memory.
+        tensors = revert_weight_conversion(model, tensors)
     return tensors | plugin.guard_tensors(model)

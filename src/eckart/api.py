@@ -1,18 +1,19 @@
-"""The whole of eckart in a few calls: compress, save, load, evaluate."""
+"""The whole of eckart in a few calls: compress, quantise, heal, save, load."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import hub, measure, mend, models, pipeline, quantising, recipe, report, report_healing, text
+from . import hub, losses, mend, models, pipeline, quantising, recipe, report, report_healing, running
 from .adapt import loading
+from .batches import Batch, Key
 from .errors import ConfigError, ModelError
 from .healing import Healing
-from .measure import Comparison, Perplexity
 from .methods import Allocation, Shape
+from .objectives import Loss
 from .overrides import Override
 from .recipe import Of, Recipe
 from .result import Healed, Result
@@ -46,6 +47,11 @@ def compress(
     depth: bool | None = None,
     text: Sources | None = None,
     eval_text: Sources | None = None,
+    batches: Iterable[Batch] | None = None,
+    eval_batches: Iterable[Batch] | None = None,
+    loss: Loss | None = None,
+    masks: Mapping[Key, Key] | None = None,
+    gradient_batches: int | None = None,
     include: Sources | None = None,
     exclude: Sources | None = None,
     overrides: Sequence[Override] | None = None,
@@ -63,11 +69,28 @@ def compress(
     tokenizer: Any = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Any, Result]:
-    """Compress a causal language model to a budget: one of keep, size, rank, energy.
+    """Compress a model to a budget: one of keep, size, rank, energy.
+
+    A causal language model is run on `text`. Any other model, of transformers or not, is run on `batches`,
+    and its loss is measured before and after instead of a perplexity:
+
+        eckart.compress(model, batches=loader, keep=0.6)
+        eckart.compress(model, batches=pairs, keep=0.6, loss=lambda y, batch: (y - batch["y"]).square() / 2)
 
     Args:
-        model: a hub id, a folder, a .gguf file, or a transformers model, which is changed in place
+        model: a hub id, a folder, a .gguf file, or a model, which is changed in place
             (with stock or depth, the model that is returned is a new one).
+        batches: what the model is called with: mappings of keyword arguments, tensors, or tuples of
+            positional arguments, in any iterable, which is read once. The last tenth is left out of
+            calibration and measured on.
+        eval_batches: to measure on instead.
+        loss: (outputs, batch) -> the losses of the terms, of any shape, or their sum, in nats where it is a
+            log-likelihood; never a mean. Of a sum, the unit is a token (a sample, without sequences), else a
+            term. Default: the model's own loss times what it is the mean of, which is checked; where it has
+            none, how far the outputs are from the dense model's (eckart.objectives.Likeness).
+        masks: argument with a sequence -> argument with its mask, where they are not those of transformers
+            (input_ids: attention_mask, decoder_input_ids: decoder_attention_mask). Padding counts nowhere.
+        gradient_batches: how many of the batches gradients are taken on; default: all.
         tokenizer: for a model given as an object, to read text with.
         recipe: where the other arguments start from; those that are given go over it. All of them
             are explained in eckart.recipe.Recipe.
@@ -102,9 +125,19 @@ def compress(
     if by_name:
         given["model"] = str(model)
     resolved = _resolve(recipe, given)
+    if batches is None and (eval_batches, loss, masks, gradient_batches) != (None, None, None, None):
+        raise ConfigError("eval_batches, loss, masks and gradient_batches go with batches: give these, too")
+    if batches is not None and (resolved.text or resolved.eval_text):
+        raise ConfigError("got text and batches: give one of them to run the model on")
     loaded = pipeline.load_for(resolved) if by_name else _given(model, tokenizer)
+    material = None
+    if batches is not None:
+        material = running.of_batches(
+            loaded.model, list(batches), None if eval_batches is None else list(eval_batches),
+            loss=loss, masks=masks, gradients=gradient_batches,
+        )  # fmt: skip
     ward = mend.Ward(_path(work), _path(cache))
-    return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch), ward)
+    return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch, material), ward)
 
 
 def quantise(
@@ -224,7 +257,7 @@ def heal(
         StoreError: the state or the cache cannot be used.
     """
     own, dense = (
-        _loaded(which, tokenizer, "float32", device, trust_remote_code) for which in (model, teacher)
+        loaded(which, tokenizer, "float32", device, trust_remote_code) for which in (model, teacher)
     )
     stored = own.model.dtype if not isinstance(model, (str, Path)) else own.stored
     models.cast(own.model, torch.float32)
@@ -247,10 +280,11 @@ def _resolve(base: Recipe | None, given: dict[str, Any]) -> Recipe:
 
 
 def _given(model: Any, tokenizer: Any) -> hub.Loaded:
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
-        raise ModelError(f"got a {type(model).__name__}: give a hub id, a path or a transformers model")
+    if not isinstance(model, torch.nn.Module):
+        raise ModelError(f"got a {type(model).__name__}: give a hub id, a path or a model")
+    name = getattr(getattr(model, "config", None), "name_or_path", None)
     anything: Any = model.eval()
-    return hub.Loaded(anything, tokenizer, anything.config.name_or_path or "model", anything.dtype, None)
+    return hub.Loaded(anything, tokenizer, name or "model", losses.dtype_of(model), None)
 
 
 def save(
@@ -306,48 +340,8 @@ def load(
     return hub.load(str(source), compute=stored, place=place, trust_remote_code=trust_remote_code).model
 
 
-def evaluate(
-    model: Any,
-    text: Sources,
-    *,
-    tokens: int = 24_576,
-    seq_len: int = 512,
-    bos: bool = False,
-    against: Any = None,
-    tokenizer: Any = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    watch: Callable[[int, int], None] | None = None,
-) -> Perplexity | Comparison:
-    """Measure perplexity by the protocol of eckart.measure; with `against`, compare two models.
-
-    Args:
-        model, against: hub ids, paths or models. Models with different tokenizers have no common
-            perplexity; `against` is run on the tokens of `model`.
-        text: sources to read (eckart.text.read).
-        tokens: from the start of the text.
-        seq_len: window length, of which all but the first token are predicted.
-        bos: begin every window with the tokenizer's begin-of-text token.
-        tokenizer: for a model given as an object.
-        dtype: to compute in; default: float32 on a CPU, else as stored.
-
-    Raises:
-        NotFinite: a logit is NaN or infinite.
-        ConfigError: no text, or no such option.
-    """
-    first = _loaded(model, tokenizer, dtype, device, trust_remote_code)
-    windows = _eval_windows(text, first.tokenizer, tokens, seq_len, bos)
-    measure.check_length(first.model, seq_len)
-    measure.check_causal(first.model)
-    if against is None:
-        return measure.perplexity(first.model, windows, watch)
-    second = _loaded(against, first.tokenizer, dtype, device, trust_remote_code)
-    _same_vocabulary(first, second)
-    return measure.compare(first.model, second.model, windows, watch)
-
-
-def _loaded(model: Any, tokenizer: Any, dtype: str | None, device: str | None, remote: bool) -> hub.Loaded:
+def loaded(model: Any, tokenizer: Any, dtype: str | None, device: str | None, remote: bool) -> hub.Loaded:
+    """Return `model` with its tokenizer, loaded where it is named; of an adapter, the model it is on."""
     if not isinstance(model, (str, Path)):
         return _given(model, tokenizer)
     compute, place = hub.dtype(dtype) if dtype else None, hub.device(device)
@@ -355,21 +349,3 @@ def _loaded(model: Any, tokenizer: Any, dtype: str | None, device: str | None, r
         found = loading.load(model, compute=compute, place=place, trust_remote_code=remote)
         return replace(found, model=found.model.get_base_model())
     return hub.load(str(model), compute=compute, place=place, trust_remote_code=remote)
-
-
-def _eval_windows(sources: Sources, tokenizer: Any, tokens: int, seq_len: int, bos: bool) -> torch.Tensor:
-    if tokenizer is None:
-        raise ModelError("text needs a tokenizer: pass tokenizer=")
-    if tokens < 2 or seq_len < 2:
-        raise ConfigError(f"tokens {tokens}, seq_len {seq_len}: both must be at least 2")
-    parts = [text.tokenize(text.read(source, tokenizer), tokenizer) for source in _sources(sources) or ()]
-    return text.windows(torch.cat(parts)[:tokens], seq_len, text.begin_token(tokenizer, bos))
-
-
-def _same_vocabulary(first: hub.Loaded, second: hub.Loaded) -> None:
-    own, other = (models.vocabulary(loaded.model) for loaded in (first, second))
-    if own != other:
-        raise ModelError(
-            f"{first.source} has a vocabulary of {own} and {second.source} of {other}: "
-            "models with different tokenizers cannot be compared token by token"
-        )

@@ -13,6 +13,7 @@ from . import (
     api,
     commands_params,
     commands_quantise,
+    evaluating,
     healing,
     hub,
     pipeline,
@@ -323,7 +324,7 @@ def evaluate(
         }  # fmt: skip
         with Bars() as bars:
             bars.watch("load", 0, 1)
-            found = api.evaluate(
+            found = evaluating.evaluate(
                 model, text, watch=lambda done, total: bars.watch("evaluate", done, total), **options
             )
         if as_json:

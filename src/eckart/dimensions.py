@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import models
 from .factors import NarrowLinear, PartialLinear
@@ -74,6 +75,8 @@ def _mlp(name: str, group: Sequence[Target]) -> Dimension | None:
 
 def _attention(model: Any, name: str, group: Sequence[Target]) -> Dimension | None:
     """Queries, keys and values (or one matrix of all three) and the output that reads the heads."""
+    if not isinstance(model, PreTrainedModel):
+        return None
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     units = getattr(config, "num_key_value_heads", None) or heads

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from . import models, plugin, stores
 from .declaration import NAME
@@ -322,7 +322,16 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def write(folder: Path, model: Any, tokenizer: Any, max_shard_size: str = "5GB") -> None:
-    """Write model, config, generation config and tokenizer into `folder`."""
+    """Write model, config, generation config and tokenizer into `folder`.
+
+    Raises:
+        ModelError: the model is not one of transformers.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise ModelError(
+            f"{type(model).__name__} is no model of transformers, and no other can be loaded from a folder: "
+            "save its state_dict with safetensors, beside the code that puts its low-rank modules in place"
+        )
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if models.low_rank_modules(model) or stores.stored(model):
         plugin.guard_file(folder / "config.json")

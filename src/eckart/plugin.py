@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
 from . import models, stores
@@ -123,6 +124,8 @@ def guard_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def mark(model: Any) -> None:
     """Make a model with low-rank or stored modules savable; without any it is a stock model."""
+    if not isinstance(model, PreTrainedModel):
+        return
     if models.low_rank_modules(model) or stores.stored(model):
         attach(model, EckartQuantizer(declare(model)))
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -101,10 +102,8 @@ def quantise(
     before = sizes(model, targets, dtype)
 
     def measured(stage: str) -> list[Measured | None]:
-        return [
-            None if rows is None else running.quality(model, rows, lambda at, of: show(stage, at, of))
-            for rows in (texts.held_out, texts.foreign)
-        ]
+        both = (texts.held_out, texts.foreign)
+        return [None if rows is None else running.quality(model, rows, partial(show, stage)) for rows in both]
 
     dense = measured("measure before")
     names = [name for target in targets for name in target.modules]

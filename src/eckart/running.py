@@ -1,6 +1,6 @@
 """What a model is run on, and how its loss is measured: windows of text, or batches of any model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -99,7 +99,7 @@ def of_batches(
     held_out: Sequence[Batch] | None = None,
     *,
     loss: Loss | None = None,
-    masks: dict[Key, Key] | None = None,
+    masks: Mapping[Key, Key] | None = None,
     gradients: int | None = None,
 ) -> Windows:
     """Return what to run `model` on, of batches that it can be called with.

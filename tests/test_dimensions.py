@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import eckart
 from eckart import ConfigError, ModelError, Override, RankError, Recipe, budget, dimensions, models
+from eckart import dense as dense_module
 from eckart.choices import Budget, Choice
 from eckart.dimensions import Dimension
 from eckart.factors import NarrowLinear
@@ -241,7 +242,7 @@ def test_padding_gives_the_same_function(copies: int, units: int, block: int, se
     def run(up: Callable[[Tensor], Tensor], down: Callable[[Tensor], Tensor]) -> Tensor:
         return down(up(inputs).view(7, copies, -1).tanh().prod(-2))
 
-    wide = [models.dense_linear(module) for module in (first, second)]
+    wide = [dense_module.dense_linear(module) for module in (first, second)]
     assert [tuple(module.weight.shape) for module in wide] == [first.whole, second.whole]
     expected = run(first, second)
     assert torch.allclose(run(*wide), expected, rtol=0, atol=1e-12)

@@ -8,6 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from eckart import RankError, dimensions, heads, models
+from eckart import dense as dense_module
 from eckart.factors import PartialLinear
 from eckart.heads import Heads
 from eckart.linalg import Metric, weighted_error
@@ -133,7 +134,7 @@ def test_a_partial_linear_is_the_padded_one(side: Any, bias: bool) -> None:
     weight = linear.weight.detach()[places] if side == "rows" else linear.weight.detach()[:, places]
     own = None if not bias else linear.bias.detach()[places] if side == "rows" else linear.bias.detach()
     module = PartialLinear.of(linear, side, places, weight, own)
-    dense = models.dense_linear(module)
+    dense = dense_module.dense_linear(module)
     inputs = torch.randn(2, 3, 6)
     assert torch.allclose(module(inputs), dense(inputs), atol=1e-6)
     assert not torch.allclose(module(inputs), linear(inputs), atol=1e-6)

@@ -33,8 +33,13 @@ def sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:
         linear_flops=sum(models.flops_per_token(module) for module in owners),
         model_flops=models.flops_per_token(model),
         linear_bytes=plain * dtype.itemsize + sum(b.numel() * b.element_size() for b in buffers.values()),
-        bytes=hub.accounted_bytes(written(model), dtype),
+        bytes=written_bytes(model, dtype),
     )
+
+
+def written_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Return the bytes of the weight file of `model` in `dtype`."""
+    return hub.accounted_bytes(written(model), dtype)
 
 
 def _weights(module: nn.Module) -> list[Tensor]:

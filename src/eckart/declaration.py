@@ -8,13 +8,15 @@ from torch import nn
 from transformers.quantizers import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import models, stores
+from . import kinds, models, stores
 from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import StoreError
+from .experts import Experts
 from .factors import FORMS, FactoredLinear, NarrowLinear, PartialLinear
 from .quant.corrected import CorrectedLinear
 from .quant.storage import STORAGES
 from .quant.stored import StoredLinear
+from .shared import SharedLinear, sources
 
 NAME = "eckart"
 FORMAT = 4
@@ -34,10 +36,16 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
             embedding for an nn.Embedding, head for an nn.Linear that is tied to it; or
             {"kind": "narrow", "shape": [m, n], "copies": c} for an nn.Linear that lost rows or
             columns (eckart.factors.NarrowLinear); or {"kind": "partial", "kept": k, "side": s} for one
-            that stores some of its rows or columns (eckart.factors.PartialLinear).
+            that stores some of its rows or columns (eckart.factors.PartialLinear); or
+            {"kind": "shared", "rank": r, "scaled": s} for one whose base others share
+            (eckart.shared.SharedLinear), with "source": the name of the module that has it, unless it is its
+            own, and a difference of rank r or none (0).
         storage: dotted name of an nn.Linear or nn.Embedding, or of one inside of the modules above -> the
             name of its storage (eckart.quant.storage.STORAGES); or {"table": t} for what is tied in an
             output head to the stored embeddings t.
+        unfolded: dotted name of what holds the parts of a stock module instead of it -> what it is:
+            {"kind": "experts"} for stacked experts, one by one; {"kind": "linear"} for what is an nn.Linear
+            instead of another kind of matrix (eckart.kinds). Named modules of such kinds need no entry.
         format: version of this declaration and of the tensors' names.
 
     Raises:
@@ -48,6 +56,7 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         modules: Mapping[str, Mapping[str, Any]],
         storage: Mapping[str, Any] | None = None,
+        unfolded: Mapping[str, Mapping[str, Any]] | None = None,
         format: int = FORMAT,
         quant_method: str = NAME,
     ) -> None:
@@ -64,11 +73,14 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.storage = dict(storage or {})
         for name, stored in self.storage.items():
             _check_storage(name, stored)
+        self.unfolded = {name: dict(spec) for name, spec in (unfolded or {}).items()}
+        for name, spec in self.unfolded.items():
+            _check_unfolded(name, spec)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Build it from the JSON of config.json, refusing keys of which it knows nothing."""
-        unknown = set(config_dict) - {"modules", "storage", "format", "quant_method"}
+        unknown = set(config_dict) - {"modules", "storage", "unfolded", "format", "quant_method"}
         if unknown or "modules" not in config_dict:
             raise StoreError(
                 f"quantization_config of config.json: unknown keys {sorted(unknown)}, or no 'modules'"
@@ -86,6 +98,9 @@ def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
         numbers, wanted = [*pair, spec.get("copies")], {"kind", "shape", "copies"}
     elif spec.get("kind") == PartialLinear.kind:
         numbers, wanted = [spec.get("kept")], {"kind", "kept", "side"}
+    elif spec.get("kind") == SharedLinear.kind:
+        _check_shared(name, spec)
+        return
     else:
         numbers, wanted = [spec.get("rank")], {"kind", "rank"}
         if spec.get("kind") == FactoredLinear.kind and "basis" in spec:
@@ -98,6 +113,25 @@ def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
             f"config.json declares {name} as {dict(spec)}: legal is a kind of {', '.join(KINDS)} and a rank "
             "of at least 1; the kind narrow, a shape [m, n] and copies; or the kind partial, kept and a "
             "side of rows or columns"
+        )
+
+
+def _check_unfolded(name: str, spec: Mapping[str, Any]) -> None:
+    if not _LEGAL_NAME.fullmatch(name) or set(spec) != {"kind"} or spec["kind"] not in ("experts", "linear"):
+        raise StoreError(
+            f"config.json declares {name!r} as unfolded to {dict(spec)}: legal is a dotted module name, and "
+            "a kind of experts or linear; a newer eckart may know it"
+        )
+
+
+def _check_shared(name: str, spec: Mapping[str, Any]) -> None:
+    rank = spec.get("rank")
+    legal = set(spec) - {"source"} == {"kind", "rank", "scaled"} and isinstance(spec["scaled"], bool)
+    legal = legal and isinstance(spec.get("source", ""), str)
+    if not legal or isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+        raise StoreError(
+            f"config.json declares {name} as {dict(spec)}: legal for the kind shared are a rank of at least "
+            "0, scaled true or false, and the name of a source"
         )
 
 
@@ -118,12 +152,26 @@ def declare(model: nn.Module) -> EckartConfig:
     modules = {name: _spec(module) for name, module in models.low_rank_modules(model).items()}
     for name, first in models.bases(model).items():
         modules[name]["basis"] = first
+    for name, first in sources(model).items():
+        modules[name]["source"] = first
     parts = stores.stored(model)
     for name, part in parts.items():
         if isinstance(part, StoredLinear) and part.narrow is not None:
             shape = [part.out_features, part.in_features]
             modules[name] = {"kind": NarrowLinear.kind, "shape": shape, "copies": part.narrow[1]}
-    return EckartConfig(modules, {name: _stored(model, part) for name, part in parts.items()})
+    return EckartConfig(
+        modules, {name: _stored(model, part) for name, part in parts.items()}, _unfolded(model)
+    )
+
+
+def _unfolded(model: nn.Module) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            found[name] = {"kind": "experts"}
+        elif type(module) is nn.Linear and kinds.stock(module) is not None:
+            found[name] = {"kind": "linear"}
+    return found
 
 
 def _stored(model: nn.Module, module: stores.StoredModule) -> str | dict[str, str]:
@@ -138,4 +186,6 @@ def _spec(module: models.LowRankModule) -> dict[str, Any]:
         return {"kind": module.kind, "shape": list(module.weight.shape), "copies": module.copies}
     if isinstance(module, PartialLinear):
         return {"kind": module.kind, "kept": module.kept, "side": module.side}
+    if isinstance(module, SharedLinear):
+        return {"kind": module.kind, "rank": module.rank, "scaled": module.scale is not None}
     return {"kind": module.kind, "rank": module.rank}

@@ -1,6 +1,5 @@
 """The structure of a transformers model: what can be treated, found by structure; replace; densify."""
 
-import copy
 import dataclasses
 import difflib
 import fnmatch
@@ -13,14 +12,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import kinds, mixtures
 from .embeddings import FactoredEmbedding, FactoredHead, share
 from .errors import ModelError
 from .factors import FactoredLinear, Form, LowRankLinear, NarrowLinear, PartialLinear
 from .quant.corrected import CorrectedLinear
 from .quant.stored import StoredEmbedding, StoredHead, StoredLinear, StoredReturn
+from .shared import SharedLinear, common
 
 LowRankModule = (
-    LowRankLinear | NarrowLinear | PartialLinear | CorrectedLinear | FactoredEmbedding | FactoredHead
+    LowRankLinear
+    | NarrowLinear
+    | PartialLinear
+    | CorrectedLinear
+    | SharedLinear
+    | FactoredEmbedding
+    | FactoredHead
 )
 
 # Module kinds whose matrices are not projections: normalisation, position tables, short convolutions.
@@ -209,7 +216,8 @@ def check_patterns(names: Sequence[str], patterns: Sequence[str]) -> None:
 def _default_names(model: nn.Module, linears: Sequence[str]) -> list[str]:
     prefixes = tuple(f"{block}." for block in all_blocks(model)) or ("",)
     _refuse_untreatable(model, prefixes)
-    return [name for name in linears if name.startswith(prefixes)]
+    routers = mixtures.routers(model, all_blocks(model))
+    return [name for name in linears if name.startswith(prefixes) and name not in routers]
 
 
 def _refuse_untreatable(model: nn.Module, prefixes: tuple[str, ...]) -> None:
@@ -259,40 +267,10 @@ def low_rank_modules(model: nn.Module) -> dict[str, LowRankModule]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LowRankModule)}
 
 
-@torch.no_grad()
-def dense_linear(module: LowRankLinear | NarrowLinear | PartialLinear) -> nn.Linear:
-    """Return the nn.Linear (m, n) that computes what `module` does; the product is formed in float64.
-
-    Rows and columns that were left out come back as zeros.
-    """
-    own = next(module.parameters())
-    if isinstance(module, NarrowLinear | PartialLinear):
-        weight, bias = module.padded()
-    else:
-        wide = copy.deepcopy(module).to(device="cpu").to(torch.float64)
-        weight, bias = wide.map().dense(), wide.dense_bias()
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, own.device, own.dtype)
-    linear.weight.copy_(weight)
-    if bias is not None:
-        linear.bias.copy_(bias)
-    return linear
-
-
-@torch.no_grad()
-def dense_corrected(module: CorrectedLinear, dtype: torch.dtype) -> nn.Linear:
-    """Return the nn.Linear (m, n) in `dtype` that computes what `module` does, summed in float64."""
-    weight, bias = module.dense_weight(), module.dense_bias()
-    linear = nn.Linear(module.in_features, module.out_features, bias is not None, "meta")
-    linear.weight = nn.Parameter(weight.to(dtype))
-    if bias is not None:
-        linear.bias = nn.Parameter(bias.to(dtype))
-    return linear
-
-
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where `name` is, in the training mode of what it replaces."""
-    module.train(model.get_submodule(name).training)
-    model.set_submodule(name, module)
+    """Put `module` where `name` is, in the training mode of what it replaces; it stands for the same."""
+    before = model.get_submodule(name)
+    model.set_submodule(name, kinds.stands_for(module, before).train(before.training))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -313,7 +291,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 def tie(model: Any) -> None:
     """Make a factored head share the weights of the factored embeddings, and tell transformers so.
 
-    And tell it which right factors are one and the same.
+    And tell it which right factors and which bases are one and the same.
     """
     found = low_rank_modules(model)
     heads = {name: module for name, module in found.items() if isinstance(module, FactoredHead)}
@@ -322,7 +300,7 @@ def tie(model: Any) -> None:
         share(table, head)
         keys = {f"{head_name}.{part}.weight": f"{table_name}.{part}.weight" for part in ("codes", "up")}
         model._tied_weights_keys, model.all_tied_weights_keys = keys, dict(keys)
-    same = {f"{name}.down.weight": f"{first}.down.weight" for name, first in bases(model).items()}
+    same = common(model)
     if same:
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **same}
         model.all_tied_weights_keys = {**(getattr(model, "all_tied_weights_keys", None) or {}), **same}
@@ -367,10 +345,17 @@ def state_tensors(model: nn.Module) -> dict[str, Tensor]:
 def flops_per_token(model: nn.Module) -> int:
     """Return 2 x multiply-adds per token of all linear maps, the output head included.
 
-    Attention scores, which depend on the length of the text, and elementwise work are not counted.
+    Attention scores, which depend on the length of the text, and elementwise work are not counted; of
+    experts, as many as a token goes to.
     """
-    linears = (m for m in model.modules() if isinstance(m, _PRODUCTS))
-    return sum(2 * linear.in_features * linear.out_features for linear in linears)
+    shares = mixtures.active_shares(model, all_blocks(model))
+    return round(
+        sum(
+            2 * module.in_features * module.out_features * shares.get(owner(name, shares) or "", 1.0)
+            for name, module in model.named_modules(remove_duplicate=False)  # what is shared runs for each
+            if isinstance(module, _PRODUCTS)
+        )
+    )
 
 
 def hidden_states_entry(model: PreTrainedModel) -> nn.Module:

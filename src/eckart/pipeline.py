@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import (
+    accounting,
     assemble,
     closed,
     dimensions,
     heads,
     hub,
+    kinds,
     losses,
     memory,
     mend,
@@ -71,6 +73,7 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
         ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
         RankError: the budget cannot be reached.
     """
+    model = kinds.unfold(kinds.on_meta(model))
     found = targets_of(recipe, model)
     limit = limit_of(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
@@ -133,10 +136,22 @@ def prepare(
     Raises:
         EckartError: any of its subclasses.
     """
-    run = Run(watch or silent)
     model = loaded.model
     if models.low_rank_modules(model) or stores.stored(model):
         raise ModelError("the model is already low-rank or in few bits: eckart.densify it first")
+    written = accounting.written_bytes(model, output_dtype(recipe, loaded.stored))
+    kinds.unfold(model)
+    try:
+        prepared = _prepared(recipe, loaded, Run(watch or silent), material)
+    except BaseException:
+        kinds.fold(model)
+        raise
+    return replace(prepared, before=replace(prepared.before, bytes=written))
+
+
+def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None) -> Prepared:
+    """Prepare a model whose matrices are all nn.Linear."""
+    model = loaded.model
     found = targets_of(recipe, model)
     for target in found:
         check_matrix(models.weight(model, target), target.name)
@@ -241,14 +256,16 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     _check_fits(model, dtype)
     compressed = _measure(run, "measure compressed", models.cast(model, computed), texts.held_out)
     elsewhere = _measure(run, "measure compressed", model, texts.foreign)
-    models.cast(model, dtype)
+    modules = assemble.updated(modules, found, models.cast(model, dtype))
+    plugin.mark(kinds.fold(model))
+    after = replace(after, bytes=accounting.written_bytes(model, dtype))
     predicted = sum(module.loss for module in modules)
     return model, Result(
         recipe=recipe,
         source=loaded.source,
         architecture=type(model).__name__,
         dtype=str(dtype).removeprefix("torch."),
-        modules=assemble.updated(modules, found, model),
+        modules=modules,
         before=prepared.before,
         after=after,
         source_bytes=loaded.bytes,

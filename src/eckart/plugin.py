@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from . import models, stores
+from . import dense, kinds, models, stores
 from .declaration import NAME, EckartConfig, declare
 from .embeddings import FactoredEmbedding, FactoredHead, dense_embedding
+from .experts import Experts
 from .factors import NarrowLinear
 from .quant.corrected import CorrectedLinear
-from .skeleton import build_skeleton, check_files
+from .shared import common
+from .skeleton import build_skeleton, check_files, spare
 
 GUARD = "eckart: this model needs the eckart package; pip install eckart, and import eckart first"
 
@@ -49,6 +51,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         build_skeleton(model, self.quantization_config)
+        spare(model, self.quantization_config)
         files = kwargs.get("checkpoint_files")
         if files:
             check_files(model, [Path(file) for file in files])
@@ -116,10 +119,14 @@ def guard_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     low_rank = models.low_rank_modules(model).items()
     found = [name for name, module in low_rank if not isinstance(module, NarrowLinear)]
-    found = found or [
-        name for name, part in stores.stored(model).items() if not isinstance(part, stores.Tied)
-    ]
-    return {f"{name}.weight": next(model.parameters()).new_empty(0) for name in found[:1]}
+    found += [name for name, part in stores.stored(model).items() if not isinstance(part, stores.Tied)]
+    # What holds parts of a stock module stands for the tensor of that one, stacked experts for several.
+    holders = {name: isinstance(part, Experts) for name, part in kinds.containers(model).items()}
+    owners = [models.owner(name, holders) or name for name in found]
+    return {
+        f"{name}.weight": next(model.parameters()).new_empty(0)
+        for name in [name for name in owners if not holders.get(name)][:1]
+    }
 
 
 def mark(model: Any) -> None:
@@ -128,6 +135,8 @@ def mark(model: Any) -> None:
         return
     if models.low_rank_modules(model) or stores.stored(model):
         attach(model, EckartQuantizer(declare(model)))
+    else:
+        detach(model)
 
 
 def attach(model: Any, quantizer: EckartQuantizer) -> Any:
@@ -141,8 +150,17 @@ def attach(model: Any, quantizer: EckartQuantizer) -> Any:
     return model
 
 
+def detach(model: Any) -> None:
+    """Tell `model` and its config that it is a stock model, if they think otherwise."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, EckartQuantizer):
+        quantizer.remove_quantization_config(model)
+        model.config.__dict__.pop("attn_implementation", None)
+        model.config.__dict__.pop("_is_quantized", None)
+
+
 def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
-    """Replace every low-rank or stored module of `model`, in place, by the nn.Linear with the same function.
+    """Replace every low-rank or stored module of `model`, in place, by what it was, with its function.
 
     The result is a stock model of the original architecture and size, which plain transformers
     saves and loads. Products are formed in float64 and rounded once.
@@ -153,25 +171,22 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     """
     for name, module in models.low_rank_modules(model).items():
         if isinstance(module, CorrectedLinear):
-            models.replace(model, name, models.dense_corrected(module, model.dtype))
+            models.replace(model, name, dense.dense_corrected(module, model.dtype))
     stores.unstore(model)
-    tied = bool(models.bases(model))
+    tied = bool(common(model))
     for name, module in models.low_rank_modules(model).items():
         if isinstance(module, FactoredHead):
-            dense = nn.Linear(module.in_features, module.out_features, False, "meta")
-            dense.bias, tied = module.codes.bias, True
-            models.replace(model, name, dense)
+            head = nn.Linear(module.in_features, module.out_features, False, "meta")
+            head.bias, tied = module.codes.bias, True
+            models.replace(model, name, head)
         elif isinstance(module, FactoredEmbedding):
             models.replace(model, name, dense_embedding(module))
         elif not isinstance(module, CorrectedLinear):
-            models.replace(model, name, models.dense_linear(module))
+            models.replace(model, name, dense.dense_linear(module))
+    kinds.fold(model)
     if tied:
         models.untie(model)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if isinstance(quantizer, EckartQuantizer):
-        quantizer.remove_quantization_config(model)
-        model.config.__dict__.pop("attn_implementation", None)
-        model.config.__dict__.pop("_is_quantized", None)
+    detach(model)
     if dtype is not None:
         models.cast(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     return model

@@ -143,13 +143,13 @@ def skipped(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
 def without_blocks(model: Any, dropped: Sequence[str]) -> Any:
     """Return `model`, which may hold low-rank modules, without the blocks `dropped`: a new model."""
     config = shallower(model, dropped)
-    if models.low_rank_modules(model):
-        blocks = names_without(model, dropped)
-        modules = {
-            renamed(name, blocks, dropped): spec for name, spec in declaration.declare(model).modules.items()
-        }
-        kept = {name: spec for name, spec in modules.items() if name is not None}
-        config.quantization_config = declaration.EckartConfig(kept).to_dict()
+    declared, blocks = declaration.declare(model), names_without(model, dropped)
+    if declared.modules or declared.unfolded:
+        modules, unfolded = (
+            {new: spec for name, spec in specs.items() if (new := renamed(name, blocks, dropped)) is not None}
+            for specs in (declared.modules, declared.unfolded)
+        )
+        config.quantization_config = declaration.EckartConfig(modules, unfolded=unfolded).to_dict()
     return build(model, config, dropped)
 
 

@@ -7,9 +7,10 @@ from typing import Any, TypeGuard
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from . import models, stores
+from . import kinds, models, stores
 from .declaration import EckartConfig
 from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import StoreError
@@ -17,6 +18,7 @@ from .factors import FORMS, MODULES, FactoredLinear, NarrowLinear, PartialLinear
 from .quant import storage
 from .quant.corrected import CorrectedLinear
 from .quant.stored import StoredEmbedding, StoredLinear, empty
+from .shared import SharedLinear
 
 
 def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
@@ -25,6 +27,7 @@ def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
     Raises:
         StoreError: a declared name is not an nn.Linear of the model, or a rank does not fit it.
     """
+    _unfold(model, config)
     modules: dict[str, Any] = dict(model.named_modules())
     for name, spec in config.modules.items():
         kind: type[nn.Module] = nn.Embedding if spec["kind"] == FactoredEmbedding.kind else nn.Linear
@@ -39,6 +42,8 @@ def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
     for name, spec in config.modules.items():
         if "basis" in spec:
             _share_basis(model, name, spec["basis"])
+        if "source" in spec:
+            _share_base(model, name, spec["source"])
     models.tie(model)
     for name, stored in config.storage.items():
         if isinstance(stored, str):
@@ -46,6 +51,39 @@ def build_skeleton(model: nn.Module, config: EckartConfig) -> None:
     for name, stored in config.storage.items():
         if not isinstance(stored, str):
             _store_head(model, name, stored["table"])
+
+
+def spare(model: nn.Module, config: EckartConfig) -> None:
+    """Keep what holds the declared modules from being initialised by their class.
+
+    Some classes reach for the weights of matrices inside of them, which have other names now. Only modules
+    without tensors of their own are spared: these have nothing to initialise.
+    """
+    modules = dict(model.named_modules())
+    for name in {*config.modules, *config.storage, *config.unfolded}:
+        parts = name.split(".")
+        for depth in range(1, len(parts)):
+            holder = modules.get(".".join(parts[:depth]))
+            bare = holder is not None and not any(
+                tensor is not None for tensor in (*holder._parameters.values(), *holder._buffers.values())
+            )
+            if bare and not isinstance(holder, PreTrainedModel):
+                vars(holder)["_is_hf_initialized"] = True
+
+
+def _unfold(model: nn.Module, config: EckartConfig) -> None:
+    """Unfold what is declared as unfolded, and what is declared as anything else and is of a known kind."""
+    named = {*config.unfolded, *config.modules, *config.storage}
+    for name in sorted(named, key=lambda name: name.count(".")):  # what holds others comes before them
+        module = dict(model.named_modules()).get(name)
+        made = None if module is None else kinds.unfold(module)
+        if module is not None and made is not None and made is not module:
+            models.replace(model, name, made)
+        elif name in config.unfolded:
+            raise StoreError(
+                f"config.json declares {name} as unfolded to {config.unfolded[name]['kind']}, and it is "
+                f"{'missing' if module is None else type(module).__name__}: the folder is damaged or mixed"
+            )
 
 
 def _store(model: nn.Module, name: str, stored: str) -> None:
@@ -90,6 +128,24 @@ def _share_basis(model: nn.Module, name: str, first: str) -> None:
     ):
         raise StoreError(f"config.json declares that {name} has the basis of {first}, which does not fit")
     own.down = other.down
+
+
+def _share_base(model: nn.Module, name: str, first: str) -> None:
+    own, other = model.get_submodule(name), dict(model.named_modules()).get(first)
+    if not (
+        isinstance(own, SharedLinear)
+        and isinstance(other, SharedLinear)
+        and own.base.weight.shape == other.base.weight.shape
+    ):
+        raise StoreError(f"config.json declares that {name} shares what {first} has, which does not fit")
+    own.base = other.base
+
+
+def _shared(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the linear with a base of others that `spec` declares for `dense`, uninitialised."""
+    _check_rank(name, dense, spec["rank"])
+    base = nn.Linear(dense.in_features, dense.out_features, bias=False)
+    return SharedLinear(base, spec["rank"], spec["scaled"], dense.bias is not None)
 
 
 def _low_rank(name: str, dense: Any, spec: Mapping[str, Any]) -> nn.Module:
@@ -145,6 +201,7 @@ _MAKERS: dict[str, Callable[[str, Any, Mapping[str, Any]], nn.Module]] = {
     NarrowLinear.kind: _narrow,
     PartialLinear.kind: _partial,
     CorrectedLinear.kind: _corrected,
+    SharedLinear.kind: _shared,
 }
 
 

@@ -154,6 +154,6 @@ def tied_metrics(
 
 def shortage(moment: Moment) -> int:
     """Return how many tokens a full moment lacks to have full rank (0: none)."""
-    if moment.total.ndim != 2:
+    if moment.total.ndim != 2 or moment.filled:
         return 0
     return max(0, moment.total.shape[0] - moment.count)

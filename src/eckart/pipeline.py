@@ -24,7 +24,9 @@ from . import (
     mend,
     models,
     plugin,
+    reading,
     rebuild,
+    routing,
     running,
     selection,
     sharing,
@@ -32,13 +34,12 @@ from . import (
     stores,
     storing,
     text,
-    windows,
 )
 from .accounting import sizes
 from .calibrate import Calibrated
 from .choices import Budget, Choice, fixed_bytes, settle
 from .dimensions import Dimension
-from .errors import ModelError, NotFinite
+from .errors import ModelError
 from .factorize import Decomposed, factor, statistics_of
 from .heads import Heads
 from .healing import Refined
@@ -166,6 +167,7 @@ def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
     with run.stage("calibrate") as progress:
         names = [name for target in found for name in target.modules]
         calibrated = statistics_of(recipe, model, names, texts.calibration, progress)
+    run.warnings.extend(routing.fill(model, found, calibrated.stats))
     blocks: dict[str, float] = {}
     if recipe.depth and isinstance(texts.trial, Tensor):
         with run.stage("try blocks") as progress:
@@ -183,7 +185,7 @@ def _material(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
     with run.stage("read data"):
         if material is None:
             recipe.check_text()
-            material = windows.read(recipe, loaded.tokenizer, run.warnings)
+            material = reading.read(recipe, loaded, run.warnings)
         running.check(recipe, material, loaded.model)
         return running.remembered(loaded.model, material)
 
@@ -253,7 +255,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     computed = losses.dtype_of(model)
     after = sizes(models.cast(model, dtype), found, dtype)
-    _check_fits(model, dtype)
+    running.check_fits(model, dtype)
     compressed = _measure(run, "measure compressed", models.cast(model, computed), texts.held_out)
     elsewhere = _measure(run, "measure compressed", model, texts.foreign)
     modules = assemble.updated(modules, found, models.cast(model, dtype))
@@ -275,6 +277,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         predicted_increase=predicted if recipe.resolved_method().outputs == "gradient" else None,
         calibration_tokens=prepared.calibrated.tokens,
         calibration_unit=running.unit(texts),
+        task=loaded.task,
         gradient_tokens=prepared.calibrated.gradient_tokens,
         seconds=dict(run.seconds),
         peak_memory=memory.peak_bytes(losses.device_of(model)),
@@ -368,12 +371,6 @@ def _digest(rows: Rows | None) -> str:
     return mend.hash_of(rows.tolist() if isinstance(rows, Tensor) else None)
 
 
-def _check_fits(model: nn.Module, dtype: torch.dtype) -> None:
-    for name, tensor in models.state_tensors(model).items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NotFinite(f"{name} does not fit {dtype}: choose dtype bfloat16 or float32")
-
-
 def _measure(run: Run, name: str, model: Any, rows: Rows | None) -> Measured | None:
     if rows is None:
         return None
@@ -394,4 +391,5 @@ def load_for(recipe: Recipe, low_rank: bool = False) -> hub.Loaded:
         place=hub.device(recipe.device),
         trust_remote_code=recipe.trust_remote_code,
         low_rank=low_rank,
+        task=recipe.task,
     )

@@ -30,10 +30,11 @@ WIDEST_FULL = 16_384
 
 @dataclass(slots=True)
 class Moment:
-    """A running sum and the number of samples in it."""
+    """A running sum and the number of samples in it; `filled` up by others where that were too few."""
 
     total: Tensor
     count: int = 0
+    filled: bool = False
 
     def add(self, value: Tensor, count: int) -> None:
         """Add a sum over `count` samples."""

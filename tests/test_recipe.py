@@ -8,6 +8,7 @@ import yaml
 from eckart import ConfigError, Override, RankError, Recipe, construct, recipe
 from eckart.methods import METHODS, SHAPES
 from eckart.ranks import Energy, Fixed, Keep
+from eckart.yaml_files import read_yaml
 
 TEXT = ("t.txt",)
 
@@ -18,7 +19,7 @@ def test_yaml_gives_the_recipe_back(tmp_path: Path) -> None:
     )
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(made))
-    assert recipe.from_mapping(recipe.read_yaml(path)) == made
+    assert recipe.from_mapping(read_yaml(path)) == made
     assert set(yaml.safe_load(path.read_text())) == set(asdict(made))
 
 
@@ -70,13 +71,13 @@ def test_a_method_that_looks_at_data_needs_text_to_run() -> None:
 
 def test_a_file_that_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no recipe at"):
-        recipe.read_yaml(tmp_path / "none.yaml")
+        read_yaml(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match="must hold a mapping of keys to values, got list"):
-        recipe.read_yaml(tmp_path / "a.yaml")
+        read_yaml(tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("a: [\n")
     with pytest.raises(ConfigError, match="is not YAML"):
-        recipe.read_yaml(tmp_path / "b.yaml")
+        read_yaml(tmp_path / "b.yaml")
 
 
 @pytest.mark.parametrize(
@@ -201,5 +202,5 @@ def test_yaml_keeps_stock_depth_and_landmarks(tmp_path: Path) -> None:
     made = Recipe(keep=0.7, stock=True, depth=True, landmarks="leverage", multiple=64, text=TEXT)
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.to_yaml(made))
-    assert recipe.from_mapping(recipe.read_yaml(path)) == made
-    assert recipe.from_mapping(recipe.override(recipe.read_yaml(path), {"depth": False})).depth is False
+    assert recipe.from_mapping(read_yaml(path)) == made
+    assert recipe.from_mapping(recipe.override(read_yaml(path), {"depth": False})).depth is False

@@ -48,8 +48,8 @@ def _weights(module: nn.Module) -> list[Tensor]:
 
 def written(model: Any) -> dict[str, Tensor]:
     """Return the tensors that are written for `model`."""
-    tensors: dict[str, Tensor] = models.state_tensors(model)
+    tensors: dict[str, Tensor] = models.state_tensors(model) | plugin.guard_tensors(model)
     if isinstance(model, PreTrainedModel):
         # Some architectures are stored under other names than they have in memory.
         tensors = revert_weight_conversion(model, tensors)
-    return tensors | plugin.guard_tensors(model)
+    return tensors

@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 
-from . import hub, losses, mend, models, pipeline, quantising, recipe, report, report_healing, running
+from . import (
+    hub,
+    losses,
+    mend,
+    models,
+    pipeline,
+    quantising,
+    recipe,
+    report,
+    report_healing,
+    running,
+    tasks,
+)
 from .adapt import loading
 from .batches import Batch, Key
 from .errors import ConfigError, ModelError
@@ -284,7 +296,8 @@ def _given(model: Any, tokenizer: Any) -> hub.Loaded:
         raise ModelError(f"got a {type(model).__name__}: give a hub id, a path or a model")
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     anything: Any = model.eval()
-    return hub.Loaded(anything, tokenizer, name or "model", losses.dtype_of(model), None)
+    task = tasks.of_model(model).name
+    return hub.Loaded(anything, tokenizer, name or "model", losses.dtype_of(model), None, task)
 
 
 def save(
@@ -322,8 +335,11 @@ def load(
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    task: str = tasks.AUTO,
 ) -> Any:
     """Load a model, compressed or not, in the dtype it is stored in unless another is asked for.
+
+    `task` is what to load it for, a name of eckart.tasks.TASKS; default: what it was stored for.
 
     The folder of an adapter gives PEFT's model: the base that it names, in NF4 where it was trained on
     that, with the adapter on it.
@@ -337,7 +353,9 @@ def load(
     if loading.is_adapter(source):
         return loading.load(source, compute=wanted, place=place, trust_remote_code=trust_remote_code).model
     stored = wanted or hub.stored_dtype(str(source), trust_remote_code=trust_remote_code)
-    return hub.load(str(source), compute=stored, place=place, trust_remote_code=trust_remote_code).model
+    return hub.load(
+        str(source), compute=stored, place=place, trust_remote_code=trust_remote_code, task=task
+    ).model
 
 
 def loaded(model: Any, tokenizer: Any, dtype: str | None, device: str | None, remote: bool) -> hub.Loaded:

@@ -28,12 +28,15 @@ from .healing import Healing
 from .mend import Ward
 from .recipe import Recipe
 from .result import Result
+from .tasks import TASKS
 from .terminal import (
     AsJson,
     Bos,
     Cache,
     Checkpointing,
+    DataSources,
     Device,
+    EvalDataSources,
     EvalSources,
     ForeignSources,
     Model,
@@ -47,6 +50,7 @@ from .terminal import (
     work_folder,
 )
 from .training import is_main
+from .yaml_files import read_yaml, section
 
 app = typer.Typer(
     add_completion=False,
@@ -85,8 +89,13 @@ def compress(
     energy: Annotated[
         float | None, typer.Option(help="Share of every squared spectrum to hold instead.")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help=f"What the model is for: {', '.join(TASKS)}; default: as stored.")
+    ] = None,
     text: Sources = None,
     eval_text: EvalSources = None,
+    data: DataSources = None,
+    eval_data: EvalDataSources = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; must not exist.")] = None,
     method: Annotated[
         str | None,
@@ -155,6 +164,7 @@ def compress(
         "method": method, "form": form, "storage": storage, "embeddings": embeddings,
         "stock": stock, "depth": depth, "landmarks": landmarks,
         "allocation": allocation, "multiple": multiple,
+        "task": task, "data": tuple(data or ()), "eval_data": tuple(eval_data or ()),
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),
         "foreign_text": tuple(foreign_text or ()),
         "include": tuple(include or ()), "exclude": tuple(exclude or ()), "tokens": tokens,
@@ -182,7 +192,7 @@ def compress(
 
 
 def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
-    base = {} if path is None else recipe.read_yaml(path)
+    base = {} if path is None else read_yaml(path)
     where = "command line" if path is None else str(path)
     return recipe.from_mapping(recipe.override(base, given), where)
 
@@ -191,7 +201,7 @@ def _print_plan(resolved: Recipe, as_json: bool) -> None:
     if resolved.model is None:
         raise ConfigError("no MODEL: give a hub id, a folder or a .gguf file")
     remote = resolved.trust_remote_code
-    model = hub.skeleton(resolved.model, trust_remote_code=remote)
+    model = hub.skeleton(resolved.model, task=resolved.task, trust_remote_code=remote)
     stored = hub.stored_dtype(resolved.model, trust_remote_code=remote)
     plan = pipeline.plan(resolved, model, stored)
     show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
@@ -283,7 +293,7 @@ def heal(
     }  # fmt: skip
     remote = bool(trust_remote_code)
     with failures(work_folder(out)):
-        settings = healing.from_mapping(recipe.override(recipe.section(recipe_file, "heal"), given), "heal")
+        settings = healing.from_mapping(recipe.override(section(recipe_file, "heal"), given), "heal")
         for source in (model, teacher):
             hub.check_output(out, overwrite, source)
         with Bars() as bars:

@@ -20,6 +20,7 @@ from .models import Target
 from .quant import noise
 from .quant.noise import Noise
 from .recipe import Recipe
+from .stats import Stats
 from .width import Narrowing
 from .windows import Rows
 
@@ -156,17 +157,17 @@ def statistics_of(
 ) -> Calibrated:
     """Return the statistics of the modules `names` that `recipe` asks for, on windows or batches."""
     statistics = recipe.statistics()
-    if isinstance(rows, Batches) and statistics:
-        generator = torch.Generator().manual_seed(recipe.seed)
+    if rows is None or not statistics:
+        return Calibrated(Stats(), 0, 0)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    if isinstance(rows, Batches):
         return calibrate_batches(
             model, rows, names, statistics, labels=recipe.labels, generator=generator, watch=watch
         )
-    if not isinstance(rows, Tensor) or not statistics:
-        rows = torch.zeros(0, 2, dtype=torch.int64)
     return calibrate(
         model, rows, names, statistics,
         gradient_windows=max(1, recipe.gradient_tokens // rows.shape[1]), labels=recipe.labels,
-        generator=torch.Generator().manual_seed(recipe.seed), watch=watch,
+        generator=generator, watch=watch,
     )  # fmt: skip
 
 

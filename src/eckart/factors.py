@@ -91,7 +91,20 @@ def break_even(form: Form, shape: tuple[int, int]) -> int:
     return next((rank for rank in ranks if parameters(form, shape, rank) < dense), 0)
 
 
-class FactoredLinear(nn.Module):
+class Replacement(nn.Module):
+    """What stands where a linear was. Code that asks its weight for a dtype or a device gets an answer."""
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor in the dtype and on the device of what is inside: there is no such matrix."""
+        floats = (part for part in self.parameters() if part.is_floating_point() and part.ndim > 1)
+        found = next(floats, None)
+        if found is not None:
+            return found.detach().new_empty(0)
+        return next(self.buffers()).new_empty(0, dtype=torch.int8)
+
+
+class FactoredLinear(Replacement):
     """y = up(down(x)): a linear map of rank `rank` as two nn.Linear, the bias on the second.
 
     Args:
@@ -125,7 +138,7 @@ class FactoredLinear(nn.Module):
         return f"{self.in_features} -> {self.rank} -> {self.out_features}"
 
 
-class PivotedLinear(nn.Module):
+class PivotedLinear(Replacement):
     """Some outputs from the input, the others from those outputs; then put in order.
 
     y[pivots] = pivot(x), y[rest] = rest(y[pivots]). `order (m,)` int32 says where each output
@@ -222,7 +235,7 @@ class NarrowLinear(nn.Linear):
         return wide.flatten(0, 1), None if bias is None else bias.flatten()
 
 
-class PartialLinear(nn.Module):
+class PartialLinear(Replacement):
     """A linear map of which only some rows (or columns) are stored; the others are zero.
 
     Unlike a NarrowLinear it keeps its outer shape, for neighbours whose code fixes it.

@@ -14,11 +14,20 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
-from . import models, plugin, stores
+from . import models, plugin, stores, tasks
 from .declaration import NAME
 from .errors import ConfigError, ModelError, StoreError
+from .tasks import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SAFETENSORS = {
@@ -32,10 +41,10 @@ MB = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model with its tokenizer and what is known of where it came from.
+    """A model with what prepares its inputs (a tokenizer, an image processor), and where it came from.
 
-    `stored` is the dtype of the weights at the source, `bytes` the size of its weight files (None
-    when they are not at hand).
+    `task` is the name of what it was loaded for (eckart.tasks), `stored` is the dtype of the weights at the
+    source, `bytes` the size of its weight files (None when they are not at hand).
     """
 
     model: Any
@@ -43,6 +52,7 @@ class Loaded:
     source: str
     stored: torch.dtype
     bytes: int | None
+    task: str = tasks.CAUSAL
 
 
 def dtype(name: str) -> torch.dtype:
@@ -129,12 +139,29 @@ def _refuse_other_tasks(config: Any, source: str) -> None:
         raise ModelError(f"{source} is a {kind}, which transformers has no causal language model for")
 
 
-def skeleton(source: str, *, trust_remote_code: bool = False) -> Any:
+def task_of(config: Any, source: str, wanted: str) -> Task:
+    """Return the task called `wanted`, or, for auto, the one that the model of `config` was stored for.
+
+    Raises:
+        ConfigError: there is no such task.
+        ModelError: there is no model of this kind for it.
+    """
+    if wanted == tasks.CAUSAL:
+        _refuse_other_tasks(config, source)
+    elif wanted == tasks.AUTO:
+        return tasks.of_config(config, source)
+    else:
+        tasks.check(tasks.get(wanted), config, source)
+    return tasks.get(wanted)
+
+
+def skeleton(source: str, *, task: str = tasks.CAUSAL, trust_remote_code: bool = False) -> Any:
     """Return the model of `source` on the meta device: structure and shapes, no weights."""
     config = load_config(source, trust_remote_code=trust_remote_code)
-    check_plain(config, source)
+    found = task_of(config, source, tasks.CAUSAL if is_gguf(source) else task)
+    _refuse_quantised(config, source)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return found.loader.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def check_plain(config: Any, source: str) -> None:
@@ -165,8 +192,9 @@ def load(
     place: torch.device | None = None,
     trust_remote_code: bool = False,
     low_rank: bool = True,
+    task: str = tasks.CAUSAL,
 ) -> Loaded:
-    """Load a causal language model and its tokenizer.
+    """Load a model and its tokenizer, or what else prepares its inputs.
 
     Weights come from safetensors or GGUF, never from a pickle.
 
@@ -176,12 +204,13 @@ def load(
         place: device; default: the CPU.
         trust_remote_code: run the code that the model brings along.
         low_rank: False refuses a folder that is compressed already.
+        task: what to load it for, a name of eckart.tasks.TASKS; auto: what it was stored for.
 
     Raises:
         ModelError: it cannot be read, or is already compressed and must not be.
     """
     config = load_config(source, trust_remote_code=trust_remote_code)
-    _refuse_other_tasks(config, source)
+    found = task_of(config, source, tasks.CAUSAL if is_gguf(source) else task)
     if not (low_rank and _quantised(config) == NAME):
         _refuse_quantised(config, source)
     place = place or torch.device("cpu")
@@ -194,8 +223,8 @@ def load(
     if not extra:
         options["use_safetensors"] = True
     try:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
+        tokenizer = load_preparation(source, found, trust_remote_code=trust_remote_code)
+        model = found.loader.from_pretrained(where, trust_remote_code=trust_remote_code, **options)
     except StoreError:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
@@ -203,7 +232,22 @@ def load(
     if extra:
         _forget_gguf(model)
     models.cast(model, compute or compute_dtype(stored, place))
-    return Loaded(model.to(place).eval(), tokenizer, source, stored, source_bytes(source))
+    return Loaded(model.to(place).eval(), tokenizer, source, stored, source_bytes(source), found.name)
+
+
+def load_preparation(source: str, task: Task, *, trust_remote_code: bool = False) -> Any:
+    """Load what prepares the inputs of the model at `source` for `task`.
+
+    For pictures, sound and pairs there may be none (None): data may be prepared already.
+    """
+    if task.input not in ("images", "sound", "pairs", "either"):
+        return load_tokenizer(source, trust_remote_code=trust_remote_code)
+    for loader in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor, AutoTokenizer):
+        try:
+            return loader.from_pretrained(source, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError, ImportError, KeyError, AttributeError, TypeError):
+            continue
+    return None
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from . import assemble, correcting, hub, losses, memory, models, plugin, running, storing, windows
+from . import assemble, correcting, hub, losses, memory, models, plugin, reading, running, storing
 from .accounting import sizes
 from .calibrate import Calibrated
 from .embeddings import FactoredEmbedding, FactoredHead
@@ -97,7 +97,7 @@ def quantise(
     model, warnings, clock = loaded.model, list[str](), time.perf_counter()
     found = holdings(model, recipe)
     targets = [held.target for held in found]
-    texts = running.remembered(model, material or windows.read(recipe, loaded.tokenizer, warnings))
+    texts = running.remembered(model, material or reading.read(recipe, loaded, warnings))
     dtype = hub.dtype(recipe.dtype) if recipe.dtype else loaded.stored
     before = sizes(model, targets, dtype)
 
@@ -133,6 +133,7 @@ def quantise(
         calibration_tokens=calibrated.tokens,
         gradient_tokens=calibrated.gradient_tokens,
         calibration_unit=running.unit(texts),
+        task=loaded.task,
         seconds={"all": time.perf_counter() - clock},
         peak_memory=memory.peak_bytes(losses.device_of(model)),
         warnings=warnings,

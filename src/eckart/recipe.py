@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -26,7 +25,7 @@ AUTO, FLOAT = "auto", "float"
 _STOCK_MULTIPLE = 32
 _CORRECTION_RANK, _CORRECTION_STORAGE = 16, "int8"
 _BUDGETS = ("keep", "size", "rank", "energy")
-_LISTS = ("text", "eval_text", "foreign_text", "include", "exclude", "overrides")
+_LISTS = ("data", "eval_data", "text", "eval_text", "foreign_text", "include", "exclude", "overrides")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "of": ("model", "linears"),
     "labels": ("text", "sampled"),
@@ -73,6 +72,9 @@ class Recipe:
         depth: whole blocks may be left out.
         landmarks: how the units to keep of a hidden dimension are chosen; default: the method's.
         layers: how many consecutive blocks share a basis (form shared).
+        task: what to load it for (eckart.tasks.TASKS); auto: what it was stored for.
+        data: files or folders to calibrate on where that is no text (eckart.samples.read).
+        eval_data: the same to measure on; default: the last tenth of `data`, left out above.
         text: sources to calibrate on (eckart.text.read).
         eval_text: sources to measure on; default: the last 5 % of each of `text`, left out above.
         foreign_text: sources of another kind to measure on as well: calibration on one domain costs others.
@@ -121,6 +123,9 @@ class Recipe:
     depth: bool = False
     landmarks: Landmarks | None = None
     layers: int = 2
+    task: str = "auto"
+    data: tuple[str, ...] = ()
+    eval_data: tuple[str, ...] = ()
     text: tuple[str, ...] = ()
     eval_text: tuple[str, ...] = ()
     foreign_text: tuple[str, ...] = ()
@@ -277,11 +282,11 @@ class Recipe:
         """Raise ConfigError if the method looks at data and there is none: a run needs it, no plan does."""
         if self.heal is not None and not (self.heal.text or self.text):
             raise ConfigError("heal learns from text: give text")
-        if self.resolved_method().needs_text and not self.text:
+        if self.resolved_method().needs_text and not (self.text or self.data):
             raise ConfigError(
                 f"method {self.method!r} looks at data: give text to calibrate on, or use method svd"
             )
-        if self.statistics() and not self.text:
+        if self.statistics() and not (self.text or self.data):
             raise ConfigError(
                 f"correction {self.correction!r} looks at data: give text, or use loftq or lorc"
             )
@@ -337,35 +342,6 @@ def from_mapping(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise ConfigError(f"{where}: heal must be a mapping of settings, got {heal!r}")
     recipe: Recipe = construct(Recipe, values, where)
     return recipe
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML recipe.
-
-    Raises:
-        ConfigError: no such file, not YAML, or not a mapping.
-    """
-    if not path.is_file():
-        raise ConfigError(f"no recipe at {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(values).__name__}")
-    return values
-
-
-def section(path: Path | None, name: str) -> dict[str, Any]:
-    """Return the settings under `name` in the YAML recipe at `path`, none without either.
-
-    Raises:
-        ConfigError: as `read_yaml`, or what stands there is not a mapping.
-    """
-    found = {} if path is None else read_yaml(path).get(name) or {}
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: {name} must be a mapping of settings, got {found!r}")
-    return found
 
 
 def to_yaml(recipe: Recipe) -> str:

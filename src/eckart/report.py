@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from . import environment, report_healing
+from . import environment, report_healing, tasks
 from .choices import Choice
 from .hub import DTYPES
 from .measure import Comparison, Perplexity
@@ -221,10 +221,12 @@ def _healing_section(result: Result) -> str:
 
 
 def _card_head(result: Result, folder: str) -> str:
-    version = environment.describe()["versions"]["eckart"]
+    version, task = environment.describe()["versions"]["eckart"], tasks.get(result.task)
+    takes_text = task.input in ("windows", "masked", "continued", "texts")
+    preparation, what = ("AutoTokenizer", "tokenizer") if takes_text else ("AutoProcessor", "processor")
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task.tag}
 tags: [eckart, low-rank, compressed]
 ---
 # {folder}
@@ -233,10 +235,10 @@ tags: [eckart, low-rank, compressed]
 method `{result.recipe.method}`, {_budget(result)}.
 
 ```python
-{_needs_eckart(result)}from transformers import AutoModelForCausalLM, AutoTokenizer
+{_needs_eckart(result)}from transformers import {task.auto}, {preparation}
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+model = {task.auto}.from_pretrained("{folder}", dtype="auto")
+{what} = {preparation}.from_pretrained("{folder}")
 ```
 
 {_what_it_is(result)}

@@ -76,7 +76,8 @@ class Result:
     `source_bytes` is the size of the input's weight files, `file_bytes` that of the output's, both
     measured (None where there are none). `predicted_increase` estimates the loss increase per
     token from the curvature of the calibration loss, None for methods without gradients.
-    Statistics are means over `calibration_tokens`, which are samples where that is the `calibration_unit`.
+    `task` is what the model was loaded for (eckart.tasks). Statistics are means over `calibration_tokens`,
+    which are samples where that is the `calibration_unit`.
     `compressed` is measured at the end, `one_shot` before the refinements in `healing` (None where there
     are none), and `foreign` is the same for a text of another kind. `seconds` are per stage,
     `peak_memory` in bytes.
@@ -104,6 +105,7 @@ class Result:
     foreign: Quality | None = None
     healing: tuple[Refined, ...] = ()
     calibration_unit: str = "tokens"
+    task: str = "causal-lm"
 
     @property
     def keep_linears(self) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import batches, losses, measure, models, objectives
 from .batches import Batch, Key
-from .errors import ConfigError
+from .errors import ConfigError, NotFinite
 from .losses import Batches, MeasuredLoss
 from .measure import Perplexity
 from .objectives import Loss
@@ -140,3 +140,10 @@ def of_batches(
 
     calibration = made(calls)
     return Windows(calibration, calibration.first(_TRIALS), made(held_out), own)
+
+
+def check_fits(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise NotFinite if a weight of `model`, cast to `dtype`, is not finite."""
+    for name, tensor in models.state_tensors(model).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NotFinite(f"{name} does not fit {dtype}: choose dtype bfloat16 or float32")

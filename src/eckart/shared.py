@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RankError
-from .factors import FactoredLinear, LowRank
+from .factors import FactoredLinear, LowRank, Replacement
 from .linalg import check_rank, to_float64
 
 
-class SharedLinear(nn.Module):
+class SharedLinear(Replacement):
     """y = scale * base(x) + up(down(x)) + bias, where `base` is one and the same module in several of these.
 
     Args:

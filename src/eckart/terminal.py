@@ -29,6 +29,18 @@ ForeignSources = Annotated[
     list[str] | None,
     typer.Option("--foreign-text", help="Text of another kind to measure on as well."),
 ]
+DataSources = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Data of models that do not read text: a .safetensors of their arguments, a .npy of the main "
+        "one, or a folder of pictures.",
+    ),
+]
+EvalDataSources = Annotated[
+    list[str] | None,
+    typer.Option("--eval-data", help="Data to measure on; default: the last tenth of --data."),
+]
 Cache = Annotated[
     Path | None, typer.Option(help="Folder to keep the dense model's predictions in, for later runs.")
 ]

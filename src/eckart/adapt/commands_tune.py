@@ -10,6 +10,7 @@ from .. import recipe, render
 from ..bars import Bars
 from ..terminal import AsJson, Checkpointing, Device, Overwrite, Precision, Remote, failures, show
 from ..training import is_main
+from ..yaml_files import section
 from . import report_tune, session, tuning
 
 
@@ -115,7 +116,7 @@ def tune(
     }  # fmt: skip
     work = session.work_folder(out)
     with failures(work):
-        settings = tuning.from_mapping(recipe.override(recipe.section(recipe_file, "tune"), given))
+        settings = tuning.from_mapping(recipe.override(section(recipe_file, "tune"), given))
         with Bars() as bars:
             bars.watch("load", 0, 1)
             _, done = session.tune(

@@ -386,7 +386,7 @@ def _weighted_total(rows: list[Row]) -> float:
 def _quality(
     text: _Text | None, tuned: str, adapter: Adapter, watch: Watch, remote: bool
 ) -> tuple[Comparison | None, Comparison | None]:
-    if text is None or text.texts.held_out is None:
+    if text is None or not isinstance(text.texts.held_out, Tensor):
         return None, None
     model, rows = text.loaded.model, text.texts.held_out
     other = hub.load(tuned, place=model.device, trust_remote_code=remote).model

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
-from ..factors import LowRank
+from ..factors import LowRank, Replacement
 from ..linalg import check_rank, to_float64
 
 
@@ -30,7 +30,7 @@ def weight_of(module: nn.Module) -> Tensor:
     return to_float64(weight.detach())
 
 
-class CorrectedLinear(nn.Module):
+class CorrectedLinear(Replacement):
     """y = base(x) + up(down(x)): a linear map, and what is added to it.
 
     The bias is that of the base. Base and correction may each be stored as they like: as nn.Linear, or in

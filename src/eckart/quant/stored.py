@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..embeddings import FactoredEmbedding
 from ..errors import StoreError
-from ..factors import NarrowLinear
+from ..factors import NarrowLinear, Replacement
 from . import kernels
 from .grid import Grid
 from .storage import Shape, Storage
@@ -59,7 +59,7 @@ class _Stored(nn.Module):
                 self._buffers[name] = tensor.clone()
 
 
-class StoredLinear(_Stored):
+class StoredLinear(_Stored, Replacement):
     """y = W x + b with W (m, n) stored in few bits.
 
     Inputs keep their dtype, or take that of autocast; the bias is a parameter in its own dtype.

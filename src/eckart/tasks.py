@@ -1,0 +1,138 @@
+"""The tasks that models are loaded for: which Auto class, what goes in, what the model card says."""
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import transformers
+from transformers.models.auto import modeling_auto
+
+from .errors import ConfigError, ModelError
+
+AUTO = "auto"
+CAUSAL = "causal-lm"
+Input = Literal["windows", "masked", "continued", "texts", "images", "sound", "pairs", "either"]
+_MAPPING = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForCTC": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "AutoModelForZeroShotImageClassification": "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What a model is for.
+
+    Args:
+        name: on the command line.
+        auto: the class of transformers that loads it.
+        input: how its inputs are made of text or data (eckart.reading).
+        tag: what the hub calls it.
+        loss: what is measured, in words.
+    """
+
+    name: str
+    auto: str
+    input: Input
+    tag: str
+    loss: str
+
+    @property
+    def loader(self) -> Any:
+        """The Auto class."""
+        return getattr(transformers, self.auto)
+
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """Return the classes of models that it has, by the model type of their config."""
+        names: dict[str, Any] = getattr(modeling_auto, _MAPPING[self.auto])
+        return {kind: (found,) if isinstance(found, str) else tuple(found) for kind, found in names.items()}
+
+
+_DISTANCE = "without labels, the distance from the dense model's outputs"
+_LABELS = f"of the labels in the data; {_DISTANCE}"
+# In the order in which an architecture that serves several is looked for.
+_ROWS: tuple[tuple[str, str, Input, str, str], ...] = (
+    (CAUSAL, "AutoModelForCausalLM", "windows", "text-generation", "of the next token"),
+    ("seq2seq-lm", "AutoModelForSeq2SeqLM", "continued", "text2text-generation",
+     "of the second half of a window, the first half being read by the encoder"),
+    ("speech-seq2seq", "AutoModelForSpeechSeq2Seq", "sound", "automatic-speech-recognition", _LABELS),
+    ("masked-lm", "AutoModelForMaskedLM", "masked", "fill-mask",
+     "of 15 % of the tokens: 80 % of them masked, 10 % exchanged, 10 % as they were"),
+    ("sequence-classification", "AutoModelForSequenceClassification", "texts", "text-classification",
+     _LABELS),
+    ("token-classification", "AutoModelForTokenClassification", "texts", "token-classification", _LABELS),
+    ("question-answering", "AutoModelForQuestionAnswering", "texts", "question-answering", _LABELS),
+    ("image-classification", "AutoModelForImageClassification", "images", "image-classification", _LABELS),
+    ("audio-classification", "AutoModelForAudioClassification", "sound", "audio-classification", _LABELS),
+    ("ctc", "AutoModelForCTC", "sound", "automatic-speech-recognition", _LABELS),
+    ("zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "pairs",
+     "zero-shot-image-classification",
+     "of finding the text of each picture in its batch, and the picture of each text"),
+    ("feature-extraction", "AutoModel", "either", "feature-extraction", _DISTANCE),
+)  # fmt: skip
+TASKS: dict[str, Task] = {row[0]: Task(*row) for row in _ROWS}
+
+
+def get(name: str) -> Task:
+    """Return the task called `name`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"task {name!r}: legal are {AUTO}, {', '.join(TASKS)}{hint}")
+    return TASKS[name]
+
+
+def of_config(config: Any, source: str) -> Task:
+    """Return the task that the model of `config` was stored for: the one that has its class.
+
+    A config that names no class that is known is taken for the first task that its type has, an
+    encoder-decoder never for a causal language model.
+
+    Raises:
+        ModelError: no task has its class, or its type.
+    """
+    names = tuple(getattr(config, "architectures", None) or ())
+    kind = getattr(config, "model_type", "")
+    for task in TASKS.values():
+        known = {name for found in task.classes().values() for name in found}
+        if known & set(names) or task.auto in (getattr(config, "auto_map", None) or {}):
+            return task
+    two = getattr(config, "is_encoder_decoder", False)
+    for task in TASKS.values():
+        if kind in task.classes() and not (two and task.name == CAUSAL):
+            return task
+    raise ModelError(
+        f"{source} holds a {' or '.join(names) or kind or 'model'}, which none of the tasks "
+        f"{', '.join(TASKS)} has: in Python, eckart.compress(model, batches=...) takes any model"
+    )
+
+
+def of_model(model: Any) -> Task:
+    """Return the task that the class of `model` is for, that of causal language models where none has it."""
+    names = {kind.__name__ for kind in type(model).__mro__}
+    for task in TASKS.values():
+        if names & {name for found in task.classes().values() for name in found}:
+            return task
+    return TASKS[CAUSAL]
+
+
+def check(task: Task, config: Any, source: str) -> None:
+    """Raise ModelError unless `task` has a class for `config`."""
+    kind = getattr(config, "model_type", "")
+    if kind not in task.classes() and task.auto not in (getattr(config, "auto_map", None) or {}):
+        raise ModelError(
+            f"{source} is of type {kind!r}, which transformers has no {task.auto} for: choose another --task"
+        )

@@ -76,7 +76,8 @@ def _read(source: str, model: Any, processor: Any) -> Arguments:
         raise ConfigError(f"no data at {source}: give {LEGAL}")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            held: Arguments = load_file(path)
+            return held
         except (OSError, SafetensorError) as error:
             raise ConfigError(f"{source} is not a readable safetensors file: {error}") from error
     if path.suffix == ".npy":

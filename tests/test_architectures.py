@@ -186,16 +186,11 @@ def test_modules_that_are_not_understood_are_refused_by_name() -> None:
     assert models.targets(mixtral, include=["q_proj"])
 
 
-def test_encoder_decoders_are_refused() -> None:
-    small = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2, "d_kv": 16}
-    t5 = _config_model("T5Config", auto=transformers.AutoModelForSeq2SeqLM, decoder_start_token_id=0, **small)
-    with pytest.raises(ModelError, match="encoder-decoder"):
-        models.targets(t5)
-
-
-def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ModelError, match="no list of equal blocks"):
-        models.targets(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+def test_a_model_without_stacks_has_all_its_linears_treated() -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 2)))
+    assert [target.name for target in models.targets(plain)] == ["0", "1.0"]
+    with pytest.raises(ModelError, match="Sequential keeps matrices .* not understood: none found"):
+        models.targets(torch.nn.Sequential(torch.nn.LayerNorm(4)))
 
 
 def test_what_is_low_rank_already_is_refused(compress: Compress) -> None:

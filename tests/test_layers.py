@@ -68,6 +68,7 @@ LAYERS = {
     "menus": 9,
     "rebuild": 9,
     "refine": 9,
+    "resizing": 9,
     "skeleton": 9,
     "assemble": 10,
     "budget": 10,

@@ -71,15 +71,15 @@ class Target:
 
 def table_name(model: nn.Module) -> str | None:
     """Return the name of the input embeddings if they are a plain nn.Embedding."""
-    table = _end(model, "get_input_embeddings")
+    table = end(model, "get_input_embeddings")
     if type(table) is not nn.Embedding:
         return None
     names: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
     return names[table]
 
 
-def _end(model: Any, getter: str) -> Any:
-    """Return what the method `getter` of `model` returns, None where it has none or it cannot say."""
+def end(model: Any, getter: str) -> Any:
+    """Return what `model.getter()` is, the embeddings or the head; None where it has none or cannot say."""
     try:
         return getattr(model, getter, lambda: None)()
     except NotImplementedError:  # a model of several towers
@@ -158,7 +158,7 @@ def targets(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str
 def ends(model: nn.Module, found: Sequence[Target], exclude: Sequence[str] = ()) -> list[Target]:
     """Return the embeddings and the output head where they are plain and not among `found`, not ranked."""
     table, treated = table_name(model), {name for target in found for name in target.modules}
-    last = _end(model, "get_output_embeddings")
+    last = end(model, "get_output_embeddings")
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     head = names[last] if type(last) is nn.Linear else None
     tied = None if table is None else _tied_head(model, table)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from . import dense, kinds, models, stores
+from . import dense, kinds, models, resizing, stores
 from .declaration import NAME, EckartConfig, declare
 from .embeddings import FactoredEmbedding, FactoredHead, dense_embedding
 from .experts import Experts
@@ -147,6 +147,7 @@ def attach(model: Any, quantizer: EckartQuantizer) -> Any:
     model.quantization_method = NAME
     # transformers refuses .float() and .half() on a model with this flag; ours can be cast.
     model.is_quantized = False
+    resizing.bind(model)
     return model
 
 
@@ -157,6 +158,7 @@ def detach(model: Any) -> None:
         quantizer.remove_quantization_config(model)
         model.config.__dict__.pop("attn_implementation", None)
         model.config.__dict__.pop("_is_quantized", None)
+        resizing.bind(model)
 
 
 def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:

@@ -119,7 +119,6 @@ LAYERS = {
     "scratch.persuasion": 2,
     "scratch.decline": 4,
     "scratch.decay": 6,
-    "scratch.tokens": 6,
     "scratch.persuade": 9,
     "scratch.preset": 16,
     "scratch.switch": 17,

@@ -90,7 +90,17 @@ def estimate(
 def _settings(tuning: Tuning, method: Method) -> Tuning:
     rank = tuning.auto_rank if tuning.rank == "auto" else tuning.rank
     start = tuning.start_rank if method == "adalora" else None
-    return replace(tuning, method=method, rank=rank, start_rank=start, init="default", budget=None)
+    return replace(
+        tuning,
+        method=method,
+        rank=rank,
+        start_rank=start,
+        init="default",
+        budget=None,
+        penalty=None,
+        optimizer="adamw",
+        optimizer_args=None,
+    )
 
 
 def _ranks(model: Any, tuning: Tuning, ranks: Mapping[str, int], method: Method) -> dict[str, int]:

@@ -1,19 +1,20 @@
 """Trainer of transformers with exact held-out loss, checkpoints of what is trained, and a stop at NaN."""
 
+import importlib.util
 import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import NotFinite
+from ..errors import ConfigError, NotFinite
 from . import losses
 from .adalora import Allocation
 from .batches import Order
@@ -23,7 +24,22 @@ from .tuning import Tuning
 _TRAINED = "trained.safetensors"
 _STATE = "trainer_state.json"
 CHOSEN = "eval_chosen"
-"""What the best state is chosen by: the held-out loss, infinite before AdaLoRA's ranks are settled."""
+"""What the best state is chosen by: the held-out loss, infinite before ranks are settled."""
+
+
+@runtime_checkable
+class Part(Protocol):
+    """Something beside the weights that a run moves, and that a checkpoint must hold."""
+
+    @property
+    def settled(self) -> int:
+        """The step from which on states may be chosen."""
+
+    def save(self, folder: Path) -> None:
+        """Write its state into the checkpoint `folder`."""
+
+    def load(self, folder: Path) -> None:
+        """Take up the state in `folder`, before the weights are."""
 
 
 class TuneTrainer(Trainer):  # type: ignore[misc]
@@ -34,10 +50,17 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     """
 
     def __init__(
-        self, *, judged: Callable[[], Judged], allocation: Allocation | None, order: Order, **options: Any
+        self,
+        *,
+        judged: Callable[[], Judged],
+        allocation: Allocation | None,
+        order: Order,
+        callbacks: Sequence[TrainerCallback] = (),
+        **options: Any,
     ) -> None:
-        super().__init__(compute_loss_func=self._loss, **options)
+        super().__init__(compute_loss_func=self._loss, callbacks=list(callbacks), **options)
         self.judged, self.allocation, self.order = judged, allocation, order
+        self.parts = [part for part in callbacks if isinstance(part, Part)]
         self.spent = 0.0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Order:
@@ -75,7 +98,7 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Judge the model on the held-out examples, by the token."""
         found = self.judged()
-        settled = self.allocation is None or self.state.global_step >= self.allocation.settled
+        settled = all(self.state.global_step >= part.settled for part in self.parts)
         metrics = {"eval_loss": found.loss, CHOSEN: found.loss if settled else math.inf}
         if found.accuracy is not None:
             metrics["eval_accuracy"] = found.accuracy
@@ -86,15 +109,15 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the trained parameters, and AdaLoRA's state, into a checkpoint."""
+        """Write the trained parameters, and the state of what else moves, into a checkpoint."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         values = {name: value.detach().contiguous() for name, value in self._parameters().items()}
         save_file(values, folder / _TRAINED)
-        if self.allocation is not None:
-            self.allocation.save(folder)
+        for part in self.parts:
+            part.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.load(Path(resume_from_checkpoint))
@@ -105,11 +128,11 @@ class TuneTrainer(Trainer):  # type: ignore[misc]
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Put the state of the checkpoint `folder` into the model."""
+        for part in self.parts:
+            part.load(folder)
         values = load_file(folder / _TRAINED)
         for name, parameter in self._parameters().items():
             parameter.copy_(values[name])
-        if self.allocation is not None:
-            self.allocation.load(folder)
 
 
 class Course(TrainerCallback):  # type: ignore[misc]
@@ -163,9 +186,18 @@ def plan(tuning: Tuning, examples: int, processes: int) -> Plan:
 
 
 def arguments(
-    tuning: Tuning, plan: Plan, work: Path, device: torch.device, precision: torch.dtype
+    tuning: Tuning,
+    plan: Plan,
+    work: Path,
+    device: torch.device,
+    precision: torch.dtype,
+    inner: Sequence[str] = (),
 ) -> TrainingArguments:
-    """Return Trainer's arguments; `work` is where its checkpoints go."""
+    """Return Trainer's arguments; `work` is where its checkpoints go, `inner` names what GaLore projects.
+
+    Raises:
+        ConfigError: the package of the optimizer is missing.
+    """
     paged = device.type == "cuda" and tuning.method == "qlora" and tuning.paged is not False
     return TrainingArguments(
         output_dir=str(work),
@@ -177,7 +209,9 @@ def arguments(
         warmup_steps=math.ceil(tuning.warmup * plan.steps),
         weight_decay=tuning.weight_decay,
         max_grad_norm=tuning.clip,
-        optim="paged_adamw_32bit" if paged else "adamw_torch",
+        optim="paged_adamw_32bit" if paged else _optimizer(tuning),
+        optim_args=tuning.optimizer_args,
+        optim_target_modules=list(inner) if inner else None,
         bf16=precision == torch.bfloat16,
         eval_strategy="steps",
         eval_steps=plan.steps,
@@ -199,6 +233,14 @@ def arguments(
         seed=tuning.seed,
         data_seed=tuning.seed,
     )
+
+
+def _optimizer(tuning: Tuning) -> str:
+    if tuning.optimizer == "adamw":
+        return "adamw_torch"
+    if importlib.util.find_spec("galore_torch") is None:
+        raise ConfigError(f"optimizer {tuning.optimizer!r} needs GaLore: pip install galore-torch")
+    return tuning.optimizer
 
 
 def checkpoint(work: Path) -> Path | None:

@@ -3,16 +3,17 @@
 import contextlib
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from .. import hub, measure, memory, models, refine, teacher
 from ..errors import ConfigError, ModelError, NotFinite, StoreError
 from ..factors import LowRank
+from ..scratch.persuade import Persuade
 from ..training import around, is_main, precision, processes, recomputed
 from . import allocation, attach, batches, examples, footprint, store, targets, trainer
 from .adalora import Allocation
@@ -31,6 +32,7 @@ def tune(
     tuning: Tuning,
     *,
     work: Path,
+    callbacks: Sequence[TrainerCallback] = (),
     before: Callable[[Prospect], None] = lambda prospect: None,
     watch: Watch = lambda stage, done, total: None,
 ) -> tuple[Attached, Tuned]:
@@ -43,6 +45,7 @@ def tune(
         loaded: the base with its tokenizer, compressed or not.
         tuning: the settings.
         work: a folder for the state of the run; the caller deletes it.
+        callbacks: for Trainer; what is an eckart.adapt.trainer.Part is saved with every checkpoint.
         before: called once, before the first step, with what is known then.
         watch: called with (stage, done, total).
 
@@ -53,7 +56,7 @@ def tune(
         NotFinite: the loss is NaN or infinite before any state was judged.
         StoreError: `work` holds the state of another run.
     """
-    run = _Run(loaded, tuning, work, watch)
+    run = _Run(loaded, tuning, work, callbacks, watch)
     prospect = run.prospect()
     before(prospect)
     return run.attached, run.go(prospect)
@@ -62,7 +65,16 @@ def tune(
 class _Run:
     """What one run holds between its stages."""
 
-    def __init__(self, loaded: hub.Loaded, tuning: Tuning, work: Path, watch: Watch) -> None:
+    def __init__(
+        self,
+        loaded: hub.Loaded,
+        tuning: Tuning,
+        work: Path,
+        callbacks: Sequence[TrainerCallback],
+        watch: Watch,
+    ) -> None:
+        self.persuade = None if tuning.penalty is None else Persuade(tuning.penalty)
+        self.callbacks = [*callbacks, *([self.persuade] if self.persuade else [])]
         model, self.tokenizer = loaded.model, loaded.tokenizer
         if self.tokenizer is None:
             raise ModelError("data needs a tokenizer: pass tokenizer=")
@@ -178,11 +190,13 @@ class _Run:
                 [len(row["input_ids"]) for row in self.rows], tuning.batch, tuning.seed, not tuning.packing
             ),
             model=model,
-            args=trainer.arguments(tuning, self.plan, self.work, self.place, precision(tuning, self.place)),
+            args=trainer.arguments(
+                tuning, self.plan, self.work, self.place, precision(tuning, self.place), self._inner()
+            ),
             train_dataset=self.rows,
             eval_dataset=batches.rows(self.data.held_out),
             data_collator=batches.Collator(self.pad),
-            callbacks=[course, *([moving] if moving else [])],
+            callbacks=[course, *([moving] if moving else []), *self.callbacks],
         )
         made.remove_callback(PrinterCallback)
         again = recomputed(model) if tuning.checkpointing else contextlib.nullcontext()
@@ -210,7 +224,16 @@ class _Run:
             per_step=statistics.median(seconds) if seconds else 0.0,
             peak=peak,
             resting=mark.resting,
+            decline=self.persuade.decline.to_dict() if self.persuade else None,
         )
+
+    def _inner(self) -> list[str]:
+        """Return the linear maps in the blocks, factors too, where the optimizer projects gradients."""
+        if self.tuning.optimizer == "adamw":
+            return []
+        model = self.attached.model
+        blocks = models.block_names(model)
+        return [name for name in models.linear_names(model) if models.owner(name, blocks)]
 
     def _train(self, made: trainer.TuneTrainer) -> str:
         """Train; return why it was stopped, if a loss was no number."""

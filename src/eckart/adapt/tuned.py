@@ -57,6 +57,7 @@ class Tuned:
         seconds: all steps, evaluations not counted; `per_step` is the median of a step.
         peak: bytes in memory at most while it trained; `resting` before.
         stored_bytes: of the weight files that were written, None where none were.
+        decline: with a penalty, how the spectra moved (eckart.scratch.decline.Decline.to_dict).
     """
 
     prospect: Prospect
@@ -75,6 +76,7 @@ class Tuned:
     peak: int
     resting: int
     stored_bytes: int | None = None
+    decline: Mapping[str, Any] | None = None
 
     @property
     def needed(self) -> int | None:

@@ -9,9 +9,12 @@ from typing import Any, Literal
 from ..construct import check_number, construct
 from ..errors import ConfigError
 from ..healing import Precision
+from ..scratch import persuasion
+from ..scratch.persuasion import Persuasion
 
 Method = Literal["lora", "dora", "qlora", "adalora", "full"]
 Init = Literal["default", "gaussian", "pissa", "olora", "eva", "corda", "residual", "lqer", "loftq"]
+Optimizer = Literal["adamw", "galore_adamw", "galore_adamw_8bit", "galore_adafactor"]
 Task = Literal["generation", "classification"]
 METHODS: tuple[Method, ...] = ("lora", "dora", "qlora", "adalora", "full")
 CORRECTING: tuple[Init, ...] = ("residual", "lqer", "loftq")
@@ -25,6 +28,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "init": INITS,
     "task": ("generation", "classification"),
     "precision": ("auto", "float32", "bfloat16"),
+    "optimizer": ("adamw", "galore_adamw", "galore_adamw_8bit", "galore_adafactor"),
 }
 _RATES: dict[Method, float] = {"lora": 5e-4, "dora": 5e-4, "qlora": 5e-4, "adalora": 2e-3, "full": 3e-5}
 _WHOLE = ("batch", "micro", "evaluations", "patience", "eval_limit", "first_batches")
@@ -85,6 +89,10 @@ class Tuning:
         precision: to train in; `auto` is bfloat16 where the device multiplies it in hardware.
         paged: qlora: AdamW's moments in memory that pages out, on cuda; None: where there is one.
         seed: of everything that is drawn.
+        penalty: full: what is added to the loss so that matrices come near to low rank.
+        optimizer: `adamw`, or, for full, a GaLore of transformers (package galore-torch), which keeps the
+            moments of the matrices in the blocks in a subspace; it has no weight decay.
+        optimizer_args: of GaLore, e.g. "rank=128,update_proj_gap=200,scale=0.25", which are its defaults.
 
     Raises:
         ConfigError: a value is not legal.
@@ -128,6 +136,9 @@ class Tuning:
     precision: Precision = "auto"
     paged: bool | None = None
     seed: int = 0
+    penalty: Persuasion | None = None
+    optimizer: Optimizer = "adamw"
+    optimizer_args: str | None = None
 
     def __post_init__(self) -> None:
         for name, legal in _CHOICES.items():
@@ -190,6 +201,15 @@ class Tuning:
             raise ConfigError(f"start_rank is for method adalora, not for {self.method}")
         if self.start_rank is not None and isinstance(self.rank, int) and self.start_rank < self.rank:
             raise ConfigError(f"start_rank {self.start_rank}: must be at least rank = {self.rank}")
+        if self.penalty is not None and self.method != "full":
+            raise ConfigError(
+                f"a penalty pulls at the matrices of the model, which method {self.method} leaves as they "
+                "are: use method full"
+            )
+        if self.optimizer != "adamw" and self.method != "full":
+            raise ConfigError(f"optimizer {self.optimizer!r} is for method full, not for {self.method}")
+        if self.optimizer_args is not None and self.optimizer == "adamw":
+            raise ConfigError(f"optimizer_args {self.optimizer_args!r}: they are for the GaLore optimizers")
         if self.task != "classification" and self.labels:
             raise ConfigError(f"labels are for task classification, not for {self.task}")
         if self.task == "classification" and "{text}" not in self.template:
@@ -229,5 +249,7 @@ def from_mapping(values: Mapping[str, Any], where: str = "tune") -> Tuning:
         if name in made:
             found = made[name]
             made[name] = tuple(map(str, found)) if isinstance(found, (list, tuple)) else (str(found),)
+    if isinstance(made.get("penalty"), Mapping):
+        made["penalty"] = persuasion.from_mapping(made["penalty"], f"{where}: penalty")
     settings: Tuning = construct(Tuning, made, where)
     return settings

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart import ConfigError, NotPositiveDefinite, RankError
-from eckart.consensus import Consensus, Member, agree
+from eckart.consensus import Consensus, Member, agree, agree_by_rows
 from eckart.linalg import Metric, weighted_error
 
 FAST = settings(deadline=None, max_examples=20, derandomize=True)
@@ -161,6 +161,21 @@ def test_what_is_of_this_kind_is_found(kinds: tuple[str, str]) -> None:
     assert alike.course[-1] < 1e-12 * float(base.square().sum())
 
 
+@FAST
+@given(m=SIDES, n=SIDES, inputs=KINDS, outputs=st.sampled_from(["identity", "diagonal"]), seed=SEEDS)
+def test_two_with_rows_of_their_own_weight_have_an_exact_optimum(
+    m: int, n: int, inputs: str, outputs: str, seed: int
+) -> None:
+    pair = members(2, (m, n), (inputs, outputs), seed)
+    best = best_base(pair)
+    found = agree_by_rows(*pair)
+    assert torch.allclose(found, best, atol=1e-6 * float(best.abs().max()))
+    mean = (pair[0].weight + pair[1].weight) / 2
+    assert loss(pair, [mean] * 2) > loss(pair, [found] * 2) - 1e-12
+    same = [Member(pair[0].weight, member.inputs, member.outputs, member.unit) for member in pair]
+    assert torch.allclose(agree_by_rows(*same), pair[0].weight, atol=1e-10)
+
+
 def test_more_rank_and_scales_cost_less() -> None:
     found = members(3, (9, 8), ("full", "full"), 5, alike=1.0)
     ends = [agree(found, rank=rank, tolerance=1e-4, sweeps=40).course[-1] for rank in range(0, 9, 2)]
@@ -190,8 +205,12 @@ def test_what_cannot_share_is_refused() -> None:
         agree([first])
     with pytest.raises(RankError, match="rank 5 for a 5 x 4 matrix: legal are 1 to 4"):
         agree([first, second], rank=5)
+    with pytest.raises(ConfigError, match="5 x 4 and 5 x 4: give .* output metrics that are diagonal"):
+        agree_by_rows(first, second)
     flat = Metric(4, torch.tensor([1.0, 1, 1, 0]))
     with pytest.raises(NotPositiveDefinite, match="metrics of size 4 .* singular together: raise `damp`"):
         agree([Member(first.weight, flat, first.outputs)] * 2)
     with pytest.raises(NotPositiveDefinite, match="metrics of size 4 .* or calibrate on more than 4 tokens"):
         agree([Member(first.weight, Metric(4, torch.ones(4, 4)), first.outputs)] * 2)
+    with pytest.raises(NotPositiveDefinite, match="a metric of size 4 is singular: raise `damp`"):
+        agree_by_rows(*[Member(first.weight, Metric(4, torch.ones(4, 4)), Metric(5))] * 2)

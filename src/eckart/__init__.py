@@ -10,6 +10,7 @@ from .adapt.difference import diff
 from .adapt.session import tune
 from .adapt.toolbox import extract, merge, resize
 from .api import compress, heal, load, quantise, save
+from .api_sharing import share, tie, untie
 from .errors import (
     ConfigError,
     EckartError,
@@ -55,5 +56,8 @@ __all__ = [
     "quantise",
     "resize",
     "save",
+    "share",
+    "tie",
     "tune",
+    "untie",
 ]

@@ -17,6 +17,7 @@ from . import (
     recipe,
     report,
     report_healing,
+    report_sharing,
     running,
     tasks,
 )
@@ -24,6 +25,7 @@ from .adapt import loading
 from .batches import Batch, Key
 from .errors import ConfigError, ModelError
 from .healing import Healing
+from .joined import Joined, Tied
 from .methods import Allocation, Shape
 from .objectives import Loss
 from .overrides import Override
@@ -304,14 +306,14 @@ def save(
     model: Any,
     tokenizer: Any,
     out: str | Path,
-    result: Result | Healed | None = None,
+    result: Result | Healed | Tied | None = None,
     *,
     source: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a new folder, with card, recipe and report when there is a result.
 
-    `source` is the folder that was healed, whose card and report go along.
+    `source` is the folder that was healed, tied or untied, whose card and report go along.
 
     Raises:
         StoreError: `out` exists (and `overwrite` is not given, or it is not a model folder).
@@ -319,13 +321,17 @@ def save(
     out = Path(out)
     with hub.new_folder(out, overwrite) as folder:
         hub.write(folder, model, tokenizer)
+        texts: dict[str, str] = {}
         if isinstance(result, Healed):
-            for name, content in report_healing.documents(result, *report_healing.known(source)).items():
-                (folder / name).write_text(content, encoding="utf-8")
+            texts = report_healing.documents(result, *report_healing.known(source))
+        elif isinstance(result, Tied):
+            texts = report_sharing.tied_documents(result, *report_healing.known(source))
         elif result is not None:
             measured = result.with_file_bytes(hub.weight_bytes(folder))
-            for name, content in report.documents(measured, out.name).items():
-                (folder / name).write_text(content, encoding="utf-8")
+            shown = report_sharing.documents if isinstance(measured, Joined) else report.documents
+            texts = shown(measured, out.name)  # type: ignore[arg-type]
+        for name, content in texts.items():
+            (folder / name).write_text(content, encoding="utf-8")
     return out
 
 

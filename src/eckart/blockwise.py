@@ -9,6 +9,7 @@ from torch import Tensor
 from . import calibrate, measure, models
 from .chain import Chain, chain, matching
 from .healing import Healing
+from .shared import common
 
 
 def costs(dense: Any, windows: Tensor, watch: Callable[[int, int], None] | None = None) -> dict[str, Tensor]:
@@ -58,13 +59,13 @@ def refine(
     with torch.no_grad():
         mine, theirs = [own.entry(row) for row in rows], [original.entry(row) for row in rows]
     better = 0
-    bases = models.bases(student)
-    # A factor that blocks have in common is none of theirs.
-    common = {f"{name}.down.weight" for name in (*bases, *bases.values())}
+    repeated = common(student)
+    # What blocks have in common is none of theirs.
+    everyones = {*repeated, *repeated.values()}
     for index, name in enumerate(own.names):
         with torch.no_grad():
             theirs = [original.run(index, hidden) for hidden in theirs]
-        inside = [key for key in trained if models.owner(key, [name]) and key not in common]
+        inside = [key for key in trained if models.owner(key, [name]) and key not in everyones]
         better += _fit(own, index, mine, theirs, len(windows), metrics[name], inside, healing, generator)
         with torch.no_grad():
             mine = [own.run(index, hidden) for hidden in mine]

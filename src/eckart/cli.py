@@ -13,6 +13,7 @@ from . import (
     api,
     commands_params,
     commands_quantise,
+    commands_share,
     evaluating,
     healing,
     hub,
@@ -347,6 +348,7 @@ commands_tune.register(app)
 commands_adapters.register(app)
 commands_params.register(app)
 commands_quantise.register(app)
+commands_share.register(app)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from . import calibrate, models
 from .chain import Chain, chain, matching
 from .errors import NotPositiveDefinite
 from .factors import FactoredLinear, LowRank, PartialLinear, PivotedLinear, build
-from .linalg import Metric, weighted_svd
+from .linalg import Metric, to_float64, weighted_svd
+from .shared import SharedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,10 @@ def refit(
             for name in group:
                 weight = models.find(dense, name).weight.double()
                 module = student.get_submodule(name)
+                if isinstance(module, SharedLinear):
+                    target = weight + mixture * anchored(weight @ (cross - gram), gram, damp)
+                    _differ(module, target, inputs, metrics.metric(name, weight.shape[0], damp))
+                    continue
                 if not isinstance(module, FactoredLinear | PivotedLinear):
                     _adjust(module, weight, gram, cross, mixture, damp)
                     continue
@@ -161,6 +166,18 @@ def _coefficients(module: nn.Module, target: Tensor, gram: Tensor, damp: float) 
     assert isinstance(module, FactoredLinear)
     basis = module.down.weight.double()
     module.up.weight.copy_(anchored(target @ gram @ basis.T, basis @ gram @ basis.T, damp))
+
+
+def _differ(module: SharedLinear, target: Tensor, inputs: Metric, outputs: Metric) -> None:
+    """Solve for the difference alone: the base belongs to other blocks, too."""
+    difference = module.difference()
+    if difference is None:
+        return
+    base = module.dense_weight() - to_float64(difference.left) @ to_float64(difference.right)
+    svd, rank = weighted_svd(target - base, inputs, outputs), module.rank
+    found = LowRank(svd.left[:, :rank], svd.right[:rank]).balanced()
+    difference.left.copy_(found.left)
+    difference.right.copy_(found.right)
 
 
 def _adjust(

@@ -17,8 +17,9 @@ from .linalg import Metric, check_matrix, check_rank, to_float64, weighted_error
 
 _SOLVER_STEPS = 6
 _SOLVER_GAIN = 1e-5
-_SWEEPS = 12
+_SWEEPS = 8
 _RIDGE = 1e-12
+_EXACT = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def agree(
     *,
     rank: int = 0,
     scaled: bool = False,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
     sweeps: int = _SWEEPS,
 ) -> Consensus:
     """Fit what `members` share, and what each has of its own, to the least loss that alternation finds.
@@ -98,7 +99,7 @@ def agree(
                 run.solve_differences(rank)
             run.solve_base()
             course.append(run.loss())
-            if course[-2] - course[-1] <= tolerance * course[-2]:
+            if course[-2] - course[-1] <= max(tolerance * course[-2], _EXACT * course[0]):
                 break
     return Consensus(
         run.base,
@@ -107,6 +108,39 @@ def agree(
         tuple(run.losses()),
         tuple(course),
     )
+
+
+def agree_by_rows(first: Member, second: Member) -> Tensor:
+    """Return the one matrix (m, n) that is best for two whose output metrics are diagonal, exactly.
+
+    Row i solves t (a_i H + b_i G) = a_i x_i H + b_i y_i G. Both metrics become diagonal in one basis, P with
+    G = P P^T and H = P Q P^T, and there each entry is a weighted mean (Golub & Van Loan, section 8.7).
+
+    Raises:
+        ConfigError: different shapes, or an output metric that is not diagonal.
+        NotPositiveDefinite: the input metric of the second is singular to rounding.
+    """
+    shapes = [tuple(member.weight.shape) for member in (first, second)]
+    flat = all(m.outputs.moment is None or m.outputs.moment.ndim == 1 for m in (first, second))
+    if shapes[0] != shapes[1] or not flat:
+        raise ConfigError(
+            f"{shapes[0][0]} x {shapes[0][1]} and {shapes[1][0]} x {shapes[1][1]}: give two matrices of one "
+            "shape, with output metrics that are diagonal"
+        )
+    one, other = (to_float64(check_matrix(member.weight, "weight")) for member in (first, second))
+    rows = [member.unit * diagonal(member.outputs).to(one)[:, None] for member in (first, second)]
+    triangle, info = torch.linalg.cholesky_ex(second.inputs.dense().to(one))
+    if int(info):
+        raise NotPositiveDefinite(f"a metric of size {len(triangle)} is singular: raise `damp`")
+    half = torch.linalg.solve_triangular(triangle, first.inputs.dense().to(one), upper=False)
+    values, basis = torch.linalg.eigh(torch.linalg.solve_triangular(triangle, half.T, upper=False))
+    into = triangle @ basis
+    ours, theirs = rows[0] * values.clamp(min=0), rows[1]
+    total = ours + theirs
+    # Where neither looks, either will do.
+    mixed = torch.where(total > 0, (ours * (one @ into) + theirs * (other @ into)) / total, one @ into)
+    found: Tensor = torch.linalg.solve_triangular(triangle, mixed @ basis.T, upper=False, left=False)
+    return found
 
 
 class _Run:

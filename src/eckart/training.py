@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from . import models
 from .errors import ConfigError, ModelError
 from .healing import Healing, Precision, Train
+from .shared import common
 
 
 def is_main() -> bool:
@@ -83,10 +84,14 @@ def adapted(model: Any, healing: Healing) -> Iterator[Any]:
         raise ConfigError("train 'adapter' needs PEFT: pip install 'eckart[peft]'") from error
     trained_names(model, "adapter")
     smaller, rank = models.low_rank_modules(model), healing.adapter_rank
+    repeated = common(model)
+    everyones = {*repeated, *repeated.values()}
     inner = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (name in smaller or models.owner(name, smaller))
+        if isinstance(module, nn.Linear)
+        and (name in smaller or models.owner(name, smaller))
+        and f"{name}.weight" not in everyones
     ]
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=inner)
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}

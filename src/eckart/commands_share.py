@@ -1,0 +1,154 @@
+"""The commands `share`, `tie` and `untie`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import api, api_sharing, groups, hub, render
+from .bars import Bars
+from .terminal import (
+    AsJson,
+    Bos,
+    Device,
+    EvalSources,
+    ForeignSources,
+    Overwrite,
+    Remote,
+    Sources,
+    failures,
+    show,
+)
+
+Source = Annotated[str, typer.Argument(help="Hub id, folder or .gguf file.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; must not exist.")]
+Method = Annotated[
+    str | None,
+    typer.Option(help="Whose metric is fitted in: eckart (default), svd-llm, or svd, which needs no text."),
+]
+Tokens = Annotated[int | None, typer.Option(help="Tokens to calibrate on (32768).")]
+GradientTokens = Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")]
+SeqLen = Annotated[int | None, typer.Option(help="Window length (512).")]
+EvalTokens = Annotated[int | None, typer.Option(help="Tokens to measure on (12288).")]
+Seed = Annotated[int | None, typer.Option(help="Which windows are taken (0).")]
+Dtype = Annotated[str | None, typer.Option(help="Of the output; default: as stored.")]
+
+
+def share(
+    model: Source,
+    group: Annotated[
+        str,
+        typer.Option("--groups", help="Blocks that share: 0-3,4-7 or 0+2+4 or every:2 or all."),
+    ],
+    out: Out,
+    what: Annotated[str, typer.Option(help=f"What of them: {', '.join(groups.WHAT)}.")] = "blocks",
+    differences: Annotated[
+        int, typer.Option(help="Rank of what each matrix has on top of what it shares.")
+    ] = 0,
+    scales: Annotated[bool, typer.Option("--scales", help="Each matrix scales the shared outputs.")] = False,
+    start: Annotated[
+        str,
+        typer.Option(help="fit: to the weights that are there; first: those of the first, to be trained."),
+    ] = "fit",
+    text: Sources = None,
+    eval_text: EvalSources = None,
+    foreign_text: ForeignSources = None,
+    method: Method = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Globs on matrices to leave alone.")] = None,
+    tokens: Tokens = None,
+    gradient_tokens: GradientTokens = None,
+    seq_len: SeqLen = None,
+    eval_tokens: EvalTokens = None,
+    damp: Annotated[float | None, typer.Option(help="Added to the metrics, in units of their mean.")] = None,
+    seed: Seed = None,
+    bos: Bos = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Let blocks of a model share their matrices, fitted to all of them."""
+    with failures():
+        hub.check_output(out, overwrite, model)
+        with Bars() as bars:
+            bars.watch("load", 0, 1)
+            small, result = api_sharing.share(
+                model, group, what=what, differences=differences, scales=scales, start=start,  # type: ignore[arg-type]
+                text=text, eval_text=eval_text, foreign_text=foreign_text, method=method, exclude=exclude,
+                tokens=tokens, gradient_tokens=gradient_tokens, seq_len=seq_len, eval_tokens=eval_tokens,
+                damp=damp, seed=seed, bos=bos, dtype=dtype, device=device,
+                trust_remote_code=trust_remote_code, watch=bars.watch,
+            )  # fmt: skip
+            bars.watch("write", 0, 1)
+            api.save(small, _tokenizer(model, trust_remote_code), out, result, overwrite=overwrite)
+            bars.watch("write", 1, 1)
+        _end(result.with_file_bytes(hub.weight_bytes(out)), out, as_json)
+
+
+def tie(
+    model: Source,
+    out: Out,
+    text: Sources = None,
+    eval_text: EvalSources = None,
+    method: Method = None,
+    tokens: Tokens = None,
+    gradient_tokens: GradientTokens = None,
+    seq_len: SeqLen = None,
+    eval_tokens: EvalTokens = None,
+    seed: Seed = None,
+    bos: Bos = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Remote = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make embeddings and output head one matrix, fitted to both."""
+    with failures():
+        hub.check_output(out, overwrite, model)
+        with Bars() as bars:
+            bars.watch("load", 0, 1)
+            made, found = api_sharing.tie(
+                model, text=text, eval_text=eval_text, method=method, tokens=tokens,
+                gradient_tokens=gradient_tokens, seq_len=seq_len, eval_tokens=eval_tokens, seed=seed,
+                bos=bos, dtype=dtype, device=device, trust_remote_code=trust_remote_code, watch=bars.watch,
+            )  # fmt: skip
+            tokenizer = _tokenizer(model, trust_remote_code)
+            api.save(made, tokenizer, out, found, source=model, overwrite=overwrite)
+        _end(found, out, as_json)
+
+
+def untie(
+    model: Source,
+    out: Out,
+    device: Device = None,
+    trust_remote_code: Remote = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give the output head a matrix of its own, with the values of the embeddings."""
+    with failures():
+        hub.check_output(out, overwrite, model)
+        with Bars() as bars:
+            bars.watch("load", 0, 1)
+            made, found = api_sharing.untie(model, device=device, trust_remote_code=trust_remote_code)
+            tokenizer = _tokenizer(model, trust_remote_code)
+            api.save(made, tokenizer, out, found, source=model, overwrite=overwrite)
+        _end(found, out, as_json)
+
+
+def _tokenizer(model: str, trust_remote_code: bool | None) -> Any:
+    return hub.load_tokenizer(model, trust_remote_code=bool(trust_remote_code))
+
+
+def _end(found: Any, out: Path, as_json: bool) -> None:
+    show(render.to_json(found.to_dict()) if as_json else found, as_json)
+    if not as_json:
+        print(f"written to {out}")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    for command in (share, tie, untie):
+        app.command()(command)

@@ -82,7 +82,9 @@ def test_tied_factors_stay_tied_and_train(compress: Compress, tmp_path: Path) ->
     assert models.parameter_count(model) == sum(p.numel() for p in model.parameters())
     ids = torch.full((1, 4), WIDER - 1)
     model(input_ids=ids, labels=ids).loss.backward()
-    assert float(table.codes.weight.grad[WIDER - 1].abs().max()) > 0
+    gradient = table.codes.weight.grad
+    assert isinstance(gradient, torch.Tensor)
+    assert float(gradient[WIDER - 1].abs().max()) > 0
     model.save_pretrained(tmp_path)
     again = reload(tmp_path)
     again.resize_token_embeddings(WIDER + 5)  # a loaded model knows how, too
@@ -124,7 +126,7 @@ def test_what_cannot_be_resized_says_what_to_do(compress: Compress) -> None:
         model.resize_token_embeddings(WIDER, mean_resizing=False)
     with pytest.raises(ModelError, match="3 tokens are fewer than the rank"):
         model.resize_token_embeddings(3)
-    options = {"include": ["word_embeddings"], "keep": 0.8, "of": "linears"}
+    options: dict[str, Any] = {"include": ["word_embeddings"], "keep": 0.8, "of": "linears"}
     bert, _ = eckart.compress(others.build("bert"), batches=others.batches("bert"), **options)
     with pytest.raises(ModelError, match="BertForMaskedLM resizes more than its embeddings"):
         bert.resize_token_embeddings(others.VOCABULARY + 1)

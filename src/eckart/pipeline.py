@@ -156,11 +156,13 @@ def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
     found = targets_of(recipe, model)
     for target in found:
         check_matrix(models.weight(model, target), target.name)
+    suspected, limit = dimensions.find(model, found), limit_of(recipe, model, found, loaded.stored)
+    bases = _bases(recipe, model, found, suspected)
+    # An unreachable budget is refused now, not after the calibration.
+    selection.unseen(recipe, limit, model, found, suspected, bases)
     texts = _material(recipe, loaded, run, material)
     narrowable = _dimensions(recipe, model, found, texts)
-    bases = _bases(recipe, model, found, dimensions.find(model, found))
-    # An unreachable budget is refused now, not after the calibration.
-    selection.unseen(recipe, limit_of(recipe, model, found, loaded.stored), model, found, narrowable, bases)
+    selection.unseen(recipe, limit, model, found, narrowable, bases)
     attentions = _heads(recipe, model, found) if texts.is_text else []
     dense = _measure(run, "measure dense", model, texts.held_out)
     dense_foreign = _measure(run, "measure dense", model, texts.foreign)

@@ -41,9 +41,7 @@ def _ends(model: Any) -> tuple[Any, Any]:
                 f"the {what} of this {type(model).__name__}: low-rank or in few bits; eckart.densify it first"
             )
         if not isinstance(getattr(found, "weight", None), Tensor):
-            raise ModelError(
-                f"{type(model).__name__} has no {what.removeprefix('an ')} with a matrix: nothing to tie"
-            )
+            raise ModelError(f"{type(model).__name__} has no {what} with a matrix of its own: nothing to tie")
     return table, head
 
 
@@ -105,8 +103,8 @@ def tie(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Tied:
     dtype = hub.dtype(recipe.dtype) if recipe.dtype else loaded.stored
     if head.weight is table.weight:
         return _result(loaded, "nothing", before, dtype)
-    _check(model, table, head)
-    same = torch.equal(head.weight, table.weight)
+    same = head.weight.shape == table.weight.shape and torch.equal(head.weight, table.weight)
+    _check(model, table, head, same)
     if not same:
         recipe.check_text()
     texts = windows.read(recipe, loaded.tokenizer, [])
@@ -135,11 +133,11 @@ def tie(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Tied:
     )  # fmt: skip
 
 
-def _check(model: Any, table: Any, head: Any) -> None:
-    if type(table) is not nn.Embedding or type(head) is not nn.Linear:
+def _check(model: Any, table: Any, head: Any, same: bool) -> None:
+    if not same and (type(table) is not nn.Embedding or type(head) is not nn.Linear):
         raise ModelError(
-            f"a {type(table).__name__} and a {type(head).__name__} cannot be tied: legal are an nn.Embedding "
-            "and an nn.Linear"
+            f"a {type(table).__name__} and a {type(head).__name__} cannot be fitted: legal are an "
+            "nn.Embedding and an nn.Linear"
         )
     if head.weight.shape != table.weight.shape:
         shapes = [" x ".join(map(str, module.weight.shape)) for module in (table, head)]

@@ -183,7 +183,7 @@ def test_vision_from_arrays_and_from_pictures(tmp_path: Path) -> None:
     from PIL import Image
 
     source = folder(tmp_path / "dense", "vit", tokens=False)
-    processor = transformers.ViTImageProcessorPil(size={"height": 16, "width": 16})
+    processor = transformers.ViTImageProcessor(size={"height": 16, "width": 16})
     processor.save_pretrained(source)
     generator = np.random.default_rng(0)
     np.save(tmp_path / "pixels.npy", generator.standard_normal((20, 3, 16, 16)).astype(np.float32))
@@ -265,3 +265,14 @@ class Unknown:
 def test_a_class_that_no_task_has_is_refused() -> None:
     with pytest.raises(ModelError, match="x holds a Elsewhere, which none of the tasks .* eckart.compress"):
         tasks.of_config(Unknown(), "x")
+
+
+def test_other_models_are_quantised_like_any(words: Path, tmp_path: Path) -> None:
+    source = folder(tmp_path / "dense", "bert")
+    out = tmp_path / "out"
+    found = run("quantise", source, "--storage", "int8", "--text", words, *SMALL, "--out", out)
+    assert found.exit_code == 0, found.output
+    report = json.loads((out / "eckart.json").read_text())
+    assert (report["task"], report["compressed"]["unit"]) == ("masked-lm", "label")
+    assert abs(report["compressed"]["loss"] - report["dense"]["loss"]) < 0.05
+    assert type(eckart.load(out)).__name__ == "BertForMaskedLM"

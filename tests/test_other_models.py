@@ -1,5 +1,6 @@
 """Encoders, encoder-decoders, vision, sound, pairs: compressed, saved, loaded, equal to those in memory."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,32 @@ def test_any_module_is_compressed(own_loss: bool, tmp_path: Path) -> None:
     assert meaning in str(result)
     with pytest.raises(ModelError, match="Mixer is no model of transformers"):
         eckart.save(small, None, tmp_path / "out", result)
+
+
+def test_targets_may_be_for_the_loss_alone() -> None:
+    """A pair of which the model gets the first; by name or by position, it is one loss."""
+    torch.manual_seed(0)
+    dense = Mixer()
+    pairs = [(torch.randn(4, 16, 16), torch.randn(4, 3)) for _ in range(6)]
+    named = [{"image": image, "wanted": wanted} for image, wanted in pairs]
+    found = []
+    for calls, inputs in ((pairs, [0]), (named, ["image"])):
+        target: Any = "wanted" if inputs == ["image"] else 1
+
+        def loss(outputs: Tensor, batch: Any, key: Any = target) -> Tensor:
+            found: Tensor = (outputs - batch[key]).square().sum(-1) / 2
+            return found
+
+        model = copy.deepcopy(dense)
+        _, result = eckart.compress(model, batches=calls, inputs=inputs, keep=0.7, loss=loss)
+        assert isinstance(result.dense, MeasuredLoss)
+        found.append((result.dense.loss, result.predicted_increase))
+    assert found[0] == found[1]
+    with torch.no_grad():
+        expected = (dense.eval()(pairs[-1][0]) - pairs[-1][1]).square().sum(-1).mean() / 2
+    assert found[0][0] == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ConfigError, match="batch 0 has no 2, which inputs names: it has 0, 1"):
+        eckart.compress(dense, batches=pairs, inputs=[0, 2], keep=0.7)
 
 
 @pytest.mark.parametrize("storage", ["int8", "nf4"])

@@ -22,7 +22,7 @@ from . import (
     tasks,
 )
 from .adapt import loading
-from .batches import Batch, Key
+from .batches import Call, Key
 from .errors import ConfigError, ModelError
 from .healing import Healing
 from .joined import Joined, Tied
@@ -61,10 +61,11 @@ def compress(
     depth: bool | None = None,
     text: Sources | None = None,
     eval_text: Sources | None = None,
-    batches: Iterable[Batch] | None = None,
-    eval_batches: Iterable[Batch] | None = None,
+    batches: Iterable[Call] | None = None,
+    eval_batches: Iterable[Call] | None = None,
     loss: Loss | None = None,
     masks: Mapping[Key, Key] | None = None,
+    inputs: Sequence[Key] | None = None,
     gradient_batches: int | None = None,
     include: Sources | None = None,
     exclude: Sources | None = None,
@@ -89,7 +90,7 @@ def compress(
     and its loss is measured before and after instead of a perplexity:
 
         eckart.compress(model, batches=loader, keep=0.6)
-        eckart.compress(model, batches=pairs, keep=0.6, loss=lambda y, batch: (y - batch["y"]).square() / 2)
+        eckart.compress(net, batches=pairs, keep=0.6, inputs=[0], loss=lambda y, pair: (y - pair[1]) ** 2 / 2)
 
     Args:
         model: a hub id, a folder, a .gguf file, or a model, which is changed in place
@@ -104,6 +105,8 @@ def compress(
             none, how far the outputs are from the dense model's (eckart.objectives.Likeness).
         masks: argument with a sequence -> argument with its mask, where they are not those of transformers
             (input_ids: attention_mask, decoder_input_ids: decoder_attention_mask). Padding counts nowhere.
+        inputs: the arguments of a batch that the model gets, by name or position, the others being there for
+            `loss` alone; default: all.
         gradient_batches: how many of the batches gradients are taken on; default: all.
         tokenizer: for a model given as an object, to read text with.
         recipe: where the other arguments start from; those that are given go over it. All of them
@@ -139,8 +142,11 @@ def compress(
     if by_name:
         given["model"] = str(model)
     resolved = _resolve(recipe, given)
-    if batches is None and (eval_batches, loss, masks, gradient_batches) != (None, None, None, None):
-        raise ConfigError("eval_batches, loss, masks and gradient_batches go with batches: give these, too")
+    details = (eval_batches, loss, masks, inputs, gradient_batches)
+    if batches is None and any(one is not None for one in details):
+        raise ConfigError(
+            "eval_batches, loss, masks, inputs and gradient_batches go with batches: give these, too"
+        )
     if batches is not None and (resolved.text or resolved.eval_text):
         raise ConfigError("got text and batches: give one of them to run the model on")
     loaded = pipeline.load_for(resolved) if by_name else _given(model, tokenizer)
@@ -148,8 +154,9 @@ def compress(
     if batches is not None:
         material = running.of_batches(
             loaded.model, list(batches), None if eval_batches is None else list(eval_batches),
-            loss=loss, masks=masks, gradients=gradient_batches,
+            loss=loss, masks=masks, inputs=inputs, gradients=gradient_batches,
         )  # fmt: skip
+        running.check(resolved, material, loaded.model)
     ward = mend.Ward(_path(work), _path(cache))
     return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch, material), ward)
 

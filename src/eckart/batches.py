@@ -12,8 +12,19 @@ from torch import Tensor, nn
 from .errors import ConfigError
 
 Key = str | int
-Batch = Mapping[str, Any] | Tensor | Sequence[Any]
+Call = Mapping[str, Any] | Tensor | Sequence[Any]
 """Keyword arguments, one argument, or positional arguments of one call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A batch of which the model gets the arguments `inputs` only; the rest is for the loss."""
+
+    whole: Call
+    inputs: tuple[Key, ...]
+
+
+Batch = Call | Example
 IGNORED = -100
 """The label of what has none, by the convention of transformers and PyTorch."""
 
@@ -58,7 +69,9 @@ def sides_of(model: nn.Module, masks: Mapping[Key, Key] | None = None) -> tuple[
 
 
 def arguments(batch: Batch) -> dict[Key, Any]:
-    """Return what `batch` passes to the model, by name or by position."""
+    """Return what is in `batch`, by name or by position."""
+    if isinstance(batch, Example):
+        return arguments(batch.whole)
     if isinstance(batch, Mapping):
         return {str(key): value for key, value in batch.items()}
     return dict(enumerate([batch] if isinstance(batch, Tensor) else batch))
@@ -66,6 +79,10 @@ def arguments(batch: Batch) -> dict[Key, Any]:
 
 def call(model: nn.Module, batch: Batch) -> Any:
     """Return the outputs of `model` on `batch`; a cache for generation is not made."""
+    if isinstance(batch, Example):
+        named = isinstance(batch.whole, Mapping)
+        given = {key: value for key, value in arguments(batch).items() if key in batch.inputs}
+        batch = {str(key): value for key, value in given.items()} if named else list(given.values())
     if not isinstance(batch, Mapping):
         return model(*arguments(batch).values())
     extra = {} if "use_cache" in batch or not _takes_cache(model) else {"use_cache": False}
@@ -77,11 +94,17 @@ def _takes_cache(model: nn.Module) -> bool:
 
 
 def changed(batch: Batch, values: Mapping[Key, Any]) -> Batch:
-    """Return `batch` with other arguments at the keys of `values`."""
+    """Return `batch` with other arguments at the keys of `values`, in the form that it has."""
+    if isinstance(batch, Example):
+        return Example(_merged(batch.whole, values), batch.inputs)
+    return _merged(batch, values)
+
+
+def _merged(batch: Call, values: Mapping[Key, Any]) -> Call:
     merged = arguments(batch) | dict(values)
     if isinstance(batch, Mapping):
         return {str(key): value for key, value in merged.items()}
-    return tuple(merged.values())
+    return tuple(merged.values()) if not isinstance(batch, Tensor) else merged[0]
 
 
 def moved(batch: Batch, place: torch.device) -> Batch:
@@ -97,7 +120,26 @@ def cast(batch: Batch, dtype: torch.dtype) -> Batch:
     )
 
 
-def check(found: Sequence[Batch]) -> None:
+def narrowed(found: Sequence[Call], inputs: Sequence[Key] | None) -> list[Batch]:
+    """Return the batches `found`, of which a model gets the arguments `inputs`; default: all.
+
+    Raises:
+        ConfigError: a batch lacks one of them, or there are no batches, or no tensors in one.
+    """
+    check(found)
+    if inputs is None:
+        return list(found)
+    for place, batch in enumerate(found):
+        lacking = [key for key in inputs if key not in arguments(batch)]
+        if lacking:
+            raise ConfigError(
+                f"batch {place} has no {lacking[0]!r}, which inputs names: it has "
+                f"{', '.join(map(repr, arguments(batch)))}"
+            )
+    return [Example(batch, tuple(inputs)) for batch in found]
+
+
+def check(found: Sequence[Call]) -> None:
     """Raise ConfigError unless every batch can be passed to a model and holds a tensor."""
     if not found:
         raise ConfigError("there are no batches: give at least one to calibrate on")

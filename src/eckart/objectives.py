@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import batches
-from .batches import IGNORED, Batch, Side
+from .batches import IGNORED, Batch, Example, Side
 from .errors import ConfigError, NotFinite
 
 Loss = Callable[[Any, Any], Tensor]
@@ -83,7 +83,7 @@ class Given:
 
     def summed(self, outputs: Any, batch: Batch, reference: Sequence[Tensor] | None) -> Summed:
         """Return what the function returns, summed."""
-        found = self.loss(outputs, batch)
+        found = self.loss(outputs, batch.whole if isinstance(batch, Example) else batch)
         if not isinstance(found, Tensor):
             raise ConfigError(f"loss returned a {type(found).__name__}: it must return a tensor of losses")
         terms = found.numel() if found.ndim else batches.tokens(batch, self.sides)

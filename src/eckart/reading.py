@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import hub, running, samples, tasks, text, windows
-from .batches import IGNORED, Batch
+from .batches import IGNORED, Call
 from .errors import ConfigError, ModelError
 from .recipe import Recipe
 from .windows import Windows
@@ -47,7 +47,7 @@ def _gradients(recipe: Recipe, count: int) -> int:
     return max(1, round(count * min(1.0, recipe.gradient_tokens / recipe.tokens)))
 
 
-def _of_data(sources: Sequence[str], loaded: hub.Loaded, task: tasks.Task) -> list[Batch]:
+def _of_data(sources: Sequence[str], loaded: hub.Loaded, task: tasks.Task) -> list[Call]:
     found = samples.read(sources, loaded.model, loaded.tokenizer)
     extra: dict[str, Any] = {"return_loss": True} if task.input == "pairs" else {}
     if task.name == "speech-seq2seq" and not {"labels", "decoder_input_ids"} & set(found):

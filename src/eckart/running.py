@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import batches, losses, measure, models, objectives
-from .batches import Batch, Key
+from .batches import Batch, Call, Key
 from .errors import ConfigError, NotFinite
 from .losses import Batches, MeasuredLoss
 from .measure import Perplexity
@@ -95,11 +95,12 @@ def remembered(model: nn.Module, material: Windows) -> Windows:
 
 def of_batches(
     model: nn.Module,
-    calls: Sequence[Batch],
-    held_out: Sequence[Batch] | None = None,
+    calls: Sequence[Call],
+    held_out: Sequence[Call] | None = None,
     *,
     loss: Loss | None = None,
     masks: Mapping[Key, Key] | None = None,
+    inputs: Sequence[Key] | None = None,
     gradients: int | None = None,
 ) -> Windows:
     """Return what to run `model` on, of batches that it can be called with.
@@ -111,6 +112,7 @@ def of_batches(
         loss: (outputs, batch) -> losses of the terms, or their sum; default: the model's own loss, else how
             far its outputs are from those of the dense model (eckart.objectives).
         masks: argument with a sequence -> argument with its mask; default: those of transformers.
+        inputs: the arguments that the model gets of each batch, by name or by position; default: all.
         gradients: how many of the batches to take gradients on; default: all.
 
     Raises:
@@ -124,9 +126,9 @@ def of_batches(
             raise ConfigError("got one batch: give two at least, or eval_batches to measure on")
         cut = max(1, round(_HELD_OUT * len(calls)))
         calls, held_out = calls[:-cut], calls[-cut:]
-    batches.check(held_out)
     sides = batches.sides_of(model, masks)
-    first = losses.fitted(model, batches.without_padded_labels(calls[0], sides))
+    both = [batches.narrowed(part, inputs) for part in (calls, held_out)]
+    first = losses.fitted(model, batches.without_padded_labels(both[0][0], sides))
     if loss is None:
         objective = objectives.default(model, first, sides)
     else:
@@ -138,8 +140,8 @@ def of_batches(
             tuple(batches.without_padded_labels(batch, sides) for batch in found), objective, sides, gradients
         )
 
-    calibration = made(calls)
-    return Windows(calibration, calibration.first(_TRIALS), made(held_out), own)
+    calibration, measured = map(made, both)
+    return Windows(calibration, calibration.first(_TRIALS), measured, own)
 
 
 def check_fits(model: nn.Module, dtype: torch.dtype) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
-from eckart import ConfigError, ModelError, batches, losses, models, objectives, running
+from eckart import ConfigError, ModelError, batches, kinds, losses, models, objectives, running
 from eckart.calibrate import Calibrated, calibrate_batches
 from eckart.losses import Batches
 from eckart.stats import STATISTICS, Statistic
@@ -109,6 +110,28 @@ def test_a_language_model_on_batches_is_what_it_is_on_windows(name: str) -> None
     batched = calibrated(model, found)
     assert (batched.tokens, batched.terms) == (36, 33)
     assert same(batched, windows, names)
+
+
+def test_experts_count_the_real_tokens_that_they_got() -> None:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=others.VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, bos_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    model = kinds.unfold(transformers.AutoModelForCausalLM.from_config(config).eval())
+    text = others.batch("bert-encoder")
+    whole = text | {"labels": text["input_ids"]}
+    padded, unpadded = (calibrated(model, feed(model, calls)) for calls in ([whole], others.singles(whole)))
+    names = [
+        t.name for t in models.targets(model) if ("gram", padded.stats.leader(t.name)) in padded.stats.moments
+    ]
+    experts = [name for name in names if padded.stats.moment("gram", name).count != sum(others.LENGTHS)]
+    assert len(experts) >= 4
+    assert same(padded, unpadded, names)
+    for layer in ("0", "1"):
+        each = {key for key in experts if f"layers.{layer}." in key and key.endswith("down")}
+        got = sum(padded.stats.moment("gram", key).count for key in each)
+        assert got == 2 * sum(others.LENGTHS)  # each token goes to two
 
 
 class Regression(nn.Module):

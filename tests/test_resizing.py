@@ -103,6 +103,7 @@ def test_heads_of_other_forms_are_what_they_were(compress: Compress) -> None:
         assert isinstance(model.lm_head, form)
         assert (model.lm_head.rank, model.lm_head.out_features) == (rank, WIDER)
         grown = model.lm_head.dense_bias()
+        assert grown is not None
         assert torch.allclose(grown[: len(bias)], bias, atol=1e-6)
         assert float((grown[-1] - bias.mean()).abs()) < 1e-5
         assert float(bias.abs().max()) > 0.01

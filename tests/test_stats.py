@@ -415,3 +415,29 @@ def test_inference_mode_is_as_good_as_no_grad() -> None:
     rows = torch.cat([window[0] for window in windows()]).double()
     assert found.leader("key") == "query"
     assert is_close(found.moment("gram", "query").mean(), rows.T @ rows / len(rows))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_output_that_is_added_to_in_place_has_its_gradient(bias: bool) -> None:
+    linear, inputs = nn.Linear(4, 3, bias), torch.randn(1, 5, 4)  # with a bias, the output is a view
+
+    class Block(nn.Module):
+        def __init__(self, in_place: bool) -> None:
+            super().__init__()
+            self.linear, self.in_place = linear, in_place
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            found: Tensor = self.linear(hidden)
+            if self.in_place:
+                found += hidden[..., :3]
+                return found.square().sum()
+            return (found + hidden[..., :3]).square().sum()
+
+    found = []
+    for in_place in (True, False):
+        block = Block(in_place)
+        with collect(block, ["linear"], ["gradient", "fisher"]) as stats:
+            torch.autograd.backward(block(inputs.clone().requires_grad_()))
+        found.append([stats.moments[kind, "linear"].mean() for kind in ("gradient", "fisher")])
+    assert all(torch.equal(own, other) for own, other in zip(*found, strict=True))
+    assert float(found[0][0].trace()) > 0

@@ -29,7 +29,7 @@ from .joined import Joined, Tied
 from .methods import Allocation, Shape
 from .objectives import Loss
 from .overrides import Override
-from .recipe import Of, Recipe
+from .recipe import Of, Recipe, Split
 from .result import Healed, Result
 
 Sources = str | Path | Sequence[str | Path]
@@ -59,6 +59,7 @@ def compress(
     correction_storage: str | None = None,
     stock: bool | None = None,
     depth: bool | None = None,
+    split: Split | None = None,
     text: Sources | None = None,
     eval_text: Sources | None = None,
     batches: Iterable[Call] | None = None,
@@ -130,7 +131,7 @@ def compress(
         "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy, "method": method,
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
         "correction": correction, "correction_rank": correction_rank,
-        "correction_storage": correction_storage, "stock": stock, "depth": depth,
+        "correction_storage": correction_storage, "stock": stock, "depth": depth, "split": split,
         "text": _sources(text), "eval_text": _sources(eval_text),
         "include": _sources(include), "exclude": _sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),

@@ -113,6 +113,9 @@ def compress(
         bool | None,
         typer.Option("--stock/--no-stock", help="By width, an ordinary model that needs no eckart to load."),
     ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="none|fused", help="Treat q, k, v of one matrix apart.")
+    ] = None,
     depth: Annotated[
         bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")
     ] = None,
@@ -163,7 +166,7 @@ def compress(
     given = {
         "model": model, "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
         "method": method, "form": form, "storage": storage, "embeddings": embeddings,
-        "stock": stock, "depth": depth, "landmarks": landmarks,
+        "stock": stock, "depth": depth, "split": split, "landmarks": landmarks,
         "allocation": allocation, "multiple": multiple,
         "task": task, "data": tuple(data or ()), "eval_data": tuple(eval_data or ()),
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),

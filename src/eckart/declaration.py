@@ -13,6 +13,7 @@ from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import StoreError
 from .experts import Experts
 from .factors import FORMS, FactoredLinear, NarrowLinear, PartialLinear
+from .fused import Layout, SplitLinear
 from .quant.corrected import CorrectedLinear
 from .quant.storage import STORAGES
 from .quant.stored import StoredLinear
@@ -45,7 +46,9 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
             output head to the stored embeddings t.
         unfolded: dotted name of what holds the parts of a stock module instead of it -> what it is:
             {"kind": "experts"} for stacked experts, one by one; {"kind": "linear"} for what is an nn.Linear
-            instead of another kind of matrix (eckart.kinds). Named modules of such kinds need no entry.
+            instead of another kind of matrix (eckart.kinds; named modules of such kinds need no entry);
+            {"kind": "split", "parts": [[name, rows], ...], "grouped": g} for a fused matrix as its parts
+            (eckart.fused.Layout).
         format: version of this declaration and of the tensors' names.
 
     Raises:
@@ -117,11 +120,30 @@ def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
 
 
 def _check_unfolded(name: str, spec: Mapping[str, Any]) -> None:
-    if not _LEGAL_NAME.fullmatch(name) or set(spec) != {"kind"} or spec["kind"] not in ("experts", "linear"):
+    legal = set(spec) == {"kind"} and spec["kind"] in ("experts", "linear")
+    if spec.get("kind") == "split":
+        legal = set(spec) == {"kind", "parts", "grouped"} and isinstance(spec["grouped"], bool)
+        legal = legal and isinstance(spec["parts"], list) and all(map(_is_part, spec["parts"]))
+        legal = legal and len({part[0] for part in spec["parts"]}) == len(spec["parts"]) > 0
+    if not legal or not _LEGAL_NAME.fullmatch(name):
         raise StoreError(
             f"config.json declares {name!r} as unfolded to {dict(spec)}: legal is a dotted module name, and "
-            "a kind of experts or linear; a newer eckart may know it"
+            "a kind of experts, linear, or split with parts [name, rows] and grouped; a newer eckart may "
+            "know it"
         )
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, list | tuple) or len(part) != 2:
+        return False
+    name, rows = part
+    legal = isinstance(name, str) and name.isidentifier()
+    return legal and isinstance(rows, int) and not isinstance(rows, bool) and rows >= 1
+
+
+def layout(spec: Mapping[str, Any]) -> Layout:
+    """Return the layout that an entry of kind split declares."""
+    return Layout(tuple((name, rows) for name, rows in spec["parts"]), spec["grouped"])
 
 
 def _check_shared(name: str, spec: Mapping[str, Any]) -> None:
@@ -169,6 +191,9 @@ def _unfolded(model: nn.Module) -> dict[str, dict[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, Experts):
             found[name] = {"kind": "experts"}
+        elif isinstance(module, SplitLinear):
+            parts = [list(part) for part in module.layout.parts]
+            found[name] = {"kind": "split", "parts": parts, "grouped": module.layout.grouped}
         elif type(module) is nn.Linear and kinds.stock(module) is not None:
             found[name] = {"kind": "linear"}
     return found

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import models
+from .experts import Expert
 from .factors import NarrowLinear, PartialLinear
+from .fused import SplitLinear
 from .models import Target
 
 Kind = Literal["mlp", "attention"]
@@ -50,14 +52,26 @@ def find(model: nn.Module, targets: Sequence[Target]) -> list[Dimension]:
 
     `holds` tells whether one of them is what its shapes suggest.
     """
+    found = [
+        _mlp(name, group) or _attention(model, name, group) for name, group in homes(model, targets).items()
+    ]
+    return [dimension for dimension in found if dimension is not None]
+
+
+def homes(model: nn.Module, targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """Return, by name, the modules of which every linear is among `targets`, with these."""
     groups: dict[str, list[Target]] = {}
-    siblings = Counter(name.rpartition(".")[0] for name in models.linear_names(model))
+    siblings = Counter(_home(model, name) for name in models.linear_names(model))
     for target in targets:
         if not target.embedding:
-            groups.setdefault(target.name.rpartition(".")[0], []).append(target)
-    whole = {name: group for name, group in groups.items() if len(group) == siblings[name]}
-    found = [_mlp(name, group) or _attention(model, name, group) for name, group in whole.items()]
-    return [dimension for dimension in found if dimension is not None]
+            groups.setdefault(_home(model, target.name), []).append(target)
+    return {name: group for name, group in groups.items() if len(group) == siblings[name]}
+
+
+def _home(model: nn.Module, name: str) -> str:
+    """Return what the linear `name` is in; for a part of a fused one, what that is in."""
+    home = name.rpartition(".")[0]
+    return home.rpartition(".")[0] if isinstance(model.get_submodule(home), SplitLinear) else home
 
 
 def _mlp(name: str, group: Sequence[Target]) -> Dimension | None:
@@ -80,13 +94,20 @@ def _attention(model: Any, name: str, group: Sequence[Target]) -> Dimension | No
     config = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
     units = getattr(config, "num_key_value_heads", None) or heads
-    reader, writers = group[-1], group[:-1]
+    reader, writers = heads_of(group) or (group[-1], [])
     sides = [reader.shape[1], *(target.shape[0] for target in writers)]
     if units < 2 or len(writers) not in (1, 3) or any(side % units for side in sides):
         return None
-    if any(target.shape[1] != reader.shape[0] for target in writers):
-        return None
     return Dimension(name, "attention", tuple((target.name, 1) for target in writers), reader.name, units)
+
+
+def heads_of(group: Sequence[Target]) -> tuple[Target, list[Target]] | None:
+    """Return what reads the heads of an attention, the last that can, and the others, which write them."""
+    for reader in reversed(group):
+        writers = [target for target in group if target is not reader]
+        if writers and all(target.shape[1] == reader.shape[0] for target in writers):
+            return reader, writers
+    return None
 
 
 def indices(size: int, units: int, copies: int, kept: Tensor) -> Tensor:
@@ -147,8 +168,11 @@ def build_of(model: nn.Module, dimension: Dimension) -> object:
 def holds(model: Any, dimension: Dimension, outputs: Callable[[], Tensor] | None = None) -> bool:
     """Tell whether leaving out the lighter half of the units equals not reading their columns.
 
-    `outputs` returns what to look at; default: the logits of the model.
+    `outputs` returns what to look at; default: the logits of the model. An expert is looked at alone.
     """
+    holder = model.get_submodule(dimension.name)
+    if isinstance(holder, Expert):  # the tokens of a probe may all go to others
+        outputs = holder.probe()
     outputs = outputs or partial(models.probe_logits, model, models.probe(model))
     reader = models.find(model, dimension.reader)
     writer = models.find(model, dimension.writers[0][0])

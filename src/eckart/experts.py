@@ -34,6 +34,14 @@ class Expert(nn.Module):
         between = stacked._apply_gate if stacked.has_gate else stacked.act_fn
         return cast(Tensor, self.down(between(hidden)))
 
+    def probe(self) -> Callable[[], Tensor]:
+        """Return what gives its outputs, as it is then, on always the same random numbers."""
+        weight = next(self.parameters())
+        generator = torch.Generator().manual_seed(0)
+        width = cast(Any, self.get_submodule(self.first)).in_features
+        inputs = torch.randn(_TOKENS, width, generator=generator, device="cpu").to(weight)
+        return lambda: self(inputs)
+
 
 class Experts(nn.Module):
     """Experts one by one: every token goes to those that the router chose for it.

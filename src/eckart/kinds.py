@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .experts import Experts, emptied, is_stacked, stacked, unstacked
 from .factors import NarrowLinear
+from .fused import SplitLinear
 
 _STOCK = "eckart_stock"
 _PROBE = (5, 3)
@@ -97,7 +98,7 @@ KINDS = (
     Kind(_is_linear_by_another_name, lambda module: cast(Tensor, module.weight), _fill_linear),
 )
 
-CONTAINERS = (Experts,)
+CONTAINERS = (Experts, SplitLinear)
 
 
 def kind_of(module: nn.Module) -> Kind | None:
@@ -175,17 +176,21 @@ def _refolded(
     module: nn.Module, whole: Sequence[type[nn.Module]], known: dict[nn.Module, nn.Module]
 ) -> nn.Module:
     if module not in known:
-        if stock(module) is None:  # what is inside of a low-rank module is its own
+        # What is inside of a low-rank module is its own.
+        if stock(module) is None or isinstance(module, CONTAINERS):
             for name, child in list(module._modules.items()):
                 if child is not None:
                     module._modules[name] = _refolded(child, whole, known)
         made: nn.Module | None = None
         if isinstance(module, Experts):
             made = stacked(module, whole)
-            if made is None:
-                _own(module)
+        elif isinstance(module, SplitLinear):
+            joined = module.joined(whole)
+            made = joined if joined is None or stock(module) is None else _folded(stands_for(joined, module))
         elif stock(module) is not None and type(module) in whole:
             made = _folded(module)
+        if made is None and isinstance(module, CONTAINERS):
+            _own(module)
         known[module] = module if made is None else made
     return known[module]
 

@@ -30,6 +30,7 @@ from . import (
     running,
     selection,
     sharing,
+    splitting,
     stock,
     stores,
     storing,
@@ -74,14 +75,15 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
         ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
         RankError: the budget cannot be reached.
     """
-    model = kinds.unfold(kinds.on_meta(model))
+    model = kinds.on_meta(model)
+    splitting.unfold(model, recipe.split == "fused")
     found = targets_of(recipe, model)
     limit = limit_of(recipe, model, found, stored)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
     suspected = dimensions.find(model, found)
     bases = _bases(recipe, model, found, suspected)
     choices = selection.unseen(recipe, limit, model, found, suspected, bases)
-    exact = not decided_by_spectra and not recipe.stock
+    exact = not decided_by_spectra and not recipe.stock and recipe.split == "none"
     return Plan(recipe, choices, models.parameter_count(model), exact)
 
 
@@ -141,9 +143,10 @@ def prepare(
     if models.low_rank_modules(model) or stores.stored(model):
         raise ModelError("the model is already low-rank or in few bits: eckart.densify it first")
     written = accounting.written_bytes(model, output_dtype(recipe, loaded.stored))
-    kinds.unfold(model)
+    run = Run(watch or silent)
     try:
-        prepared = _prepared(recipe, loaded, Run(watch or silent), material)
+        run.warnings.extend(splitting.unfold(model, recipe.split == "fused"))
+        prepared = _prepared(recipe, loaded, run, material)
     except BaseException:
         kinds.fold(model)
         raise

@@ -20,6 +20,7 @@ from .width import LANDMARKS, Landmarks
 
 Of = Literal["model", "linears"]
 Labels = Literal["text", "sampled"]
+Split = Literal["none", "fused"]
 AUTO, FLOAT = "auto", "float"
 """Storages that are none: chosen per matrix, and the output dtype."""
 _STOCK_MULTIPLE = 32
@@ -31,6 +32,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "labels": ("text", "sampled"),
     "form": SHAPES,
     "landmarks": LANDMARKS,
+    "split": ("none", "fused"),
     "allocation": ALLOCATIONS,
     "method": tuple(methods.METHODS),
     "dtype": ("float32", "bfloat16", "float16"),
@@ -71,6 +73,8 @@ class Recipe:
             same architecture, which needs no eckart.
         depth: whole blocks may be left out.
         landmarks: how the units to keep of a hidden dimension are chosen; default: the method's.
+        split: `fused`: projections that are one matrix for queries, keys and values, or for gate and up,
+            are treated part by part, with a rank for each (`qkv_proj.v_rows`); `none`: as they are.
         layers: how many consecutive blocks share a basis (form shared).
         task: what to load it for (eckart.tasks.TASKS); auto: what it was stored for.
         data: files or folders to calibrate on where that is no text (eckart.samples.read).
@@ -122,6 +126,7 @@ class Recipe:
     stock: bool = False
     depth: bool = False
     landmarks: Landmarks | None = None
+    split: Split = "none"
     layers: int = 2
     task: str = "auto"
     data: tuple[str, ...] = ()

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from . import kinds, models, stores
-from .declaration import EckartConfig
+from .declaration import EckartConfig, layout
 from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import StoreError
 from .factors import FORMS, MODULES, FactoredLinear, NarrowLinear, PartialLinear
+from .fused import SplitLinear
 from .quant import storage
 from .quant.corrected import CorrectedLinear
 from .quant.stored import StoredEmbedding, StoredLinear, empty
@@ -75,15 +76,26 @@ def _unfold(model: nn.Module, config: EckartConfig) -> None:
     """Unfold what is declared as unfolded, and what is declared as anything else and is of a known kind."""
     named = {*config.unfolded, *config.modules, *config.storage}
     for name in sorted(named, key=lambda name: name.count(".")):  # what holds others comes before them
-        module = dict(model.named_modules()).get(name)
+        module, spec = _found(model, name), config.unfolded.get(name)
         made = None if module is None else kinds.unfold(module)
-        if module is not None and made is not None and made is not module:
+        if made is not None and made is not module:
             models.replace(model, name, made)
-        elif name in config.unfolded:
+        if spec is None:
+            continue
+        if spec["kind"] == "split" and type(made) is nn.Linear and layout(spec).fits(made.out_features):
+            models.replace(model, name, SplitLinear.of(made, layout(spec)))
+        elif spec["kind"] == "split" or made is module:
             raise StoreError(
-                f"config.json declares {name} as unfolded to {config.unfolded[name]['kind']}, and it is "
-                f"{'missing' if module is None else type(module).__name__}: the folder is damaged or mixed"
+                f"config.json declares {name} as unfolded to {spec['kind']}, which does not fit "
+                f"{'nothing' if module is None else type(module).__name__}: the folder is damaged or mixed"
             )
+
+
+def _found(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _store(model: nn.Module, name: str, stored: str) -> None:

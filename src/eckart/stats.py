@@ -161,6 +161,19 @@ def _weight_gradient(rows: Tensor, inputs: Tensor, width: int) -> Tensor:
     return rows.new_zeros(width, rows.shape[1]).index_add_(0, inputs, rows).T
 
 
+def _on_backward(output: Tensor, listen: Callable[[Tensor], None]) -> None:
+    """Call `listen` with the gradient at `output`, rows first, whatever is done to it in place afterwards.
+
+    A hook of a view is lost when the view is changed in place, and a linear map with a bias returns one.
+    """
+    base = output._base
+    if base is None or base.grad_fn is None or base.numel() != output.numel():
+        output.register_hook(listen)  # type: ignore[no-untyped-call]
+    else:
+        width = output.shape[-1]
+        base.grad_fn.register_prehook(lambda gradients: listen(gradients[0].reshape(-1, width)))
+
+
 @dataclass(slots=True)
 class _Collector:
     stats: Stats
@@ -235,7 +248,7 @@ class _Collector:
             if kept is not None:
                 self.add_fisher(name, rows, kept, width, real, samples)
 
-        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
+        _on_backward(output, on_gradient)
 
     def add_fisher(
         self,

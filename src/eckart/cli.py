@@ -29,6 +29,8 @@ from .healing import Healing
 from .mend import Ward
 from .recipe import Recipe
 from .result import Result
+from .scratch import commands_pretrain
+from .streaming import execute
 from .tasks import TASKS
 from .terminal import (
     AsJson,
@@ -158,6 +160,10 @@ def compress(
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="YAML recipe; options go over it.")
     ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Go block by block, from weight files to weight files, within e.g. 6GB."),
+    ] = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
@@ -176,7 +182,7 @@ def compress(
         "seed": seed, "labels": labels, "damp": damp, "alpha": alpha, "bos": bos, "dtype": dtype,
         "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    with failures(None if out is None else work_folder(out)):
+    with failures(None if out is None else _kept_in(out, memory)):
         resolved = _recipe(recipe_file, given)
         if heal and resolved.heal is None:
             resolved = replace(resolved, heal=Healing())
@@ -189,7 +195,12 @@ def compress(
             raise ConfigError("no --out: name the folder to write, or pass --dry-run to see the plan")
         hub.check_output(out, overwrite, resolved.model)
         resolved.check_text()
-        result = _run(resolved, out, overwrite, cache)
+        if memory is not None:
+            result = _stream(resolved, out, memory, overwrite)
+        else:
+            result = _run(resolved, out, overwrite, cache)
+        if not is_main():
+            return
         show(render.to_json(result.to_dict()) if as_json else result, as_json)
         if not as_json:
             print(f"written to {out}")
@@ -209,6 +220,16 @@ def _print_plan(resolved: Recipe, as_json: bool) -> None:
     stored = hub.stored_dtype(resolved.model, trust_remote_code=remote)
     plan = pipeline.plan(resolved, model, stored)
     show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
+
+
+def _kept_in(out: Path, memory: str | None) -> Path:
+    """Return where an interrupted run finds what is finished."""
+    return work_folder(out) if memory is None else execute.work_folder(out)
+
+
+def _stream(resolved: Recipe, out: Path, memory: str, overwrite: bool) -> Result:
+    with Bars() as bars:
+        return execute.compress_to(resolved, out, memory=memory, overwrite=overwrite, watch=bars.watch)
 
 
 def _run(resolved: Recipe, out: Path, overwrite: bool, cache: Path | None) -> Result:

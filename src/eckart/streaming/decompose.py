@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .. import models
+from .. import models, routing
 from ..calibrate import Calibrated
 from ..factorize import factor_block
 from ..linalg import Metric, check_matrix
@@ -93,12 +93,13 @@ def at_ends(job: Job) -> Calibrated:
     return Calibrated(stats, *job.tokens())
 
 
-def in_block(job: Job, index: int) -> Calibrated:
-    """Return the statistics of the targets of block number `index`, which is in memory."""
+def in_block(job: Job, index: int) -> tuple[Calibrated, list[str]]:
+    """Return the statistics of the targets of block number `index`, which is in memory, and warnings."""
     names = [name for target in job.targets(index) for name in target.modules]
     found = gather(job.stream, index, job.calibration(), job.slopes(), names, job.recipe.statistics())
     job.team.add(found)
-    return Calibrated(found, *job.tokens())
+    lacking = routing.fill(job.stream.model, job.targets(index), found)
+    return Calibrated(found, *job.tokens()), lacking
 
 
 def decompose(job: Job, watch: Watch) -> None:
@@ -108,7 +109,7 @@ def decompose(job: Job, watch: Watch) -> None:
     for done, index in enumerate(blocks):
         if not all(job.team.gathered(_finished(job, index))):
             with job.stream.block(index):
-                _decompose(job, str(index), job.targets(index), in_block(job, index))
+                _decompose(job, str(index), job.targets(index), *in_block(job, index))
             if not job.recipe.stores:
                 _forget(job, index)
         watch(done + 1, len(blocks))
@@ -122,7 +123,7 @@ def decompose(job: Job, watch: Watch) -> None:
                     job.team.add(found)
                     _keep(job, _ENTRANCE, found)
             with job.stream.exit():
-                _decompose(job, ENDS, job.targets(None), at_ends(job))
+                _decompose(job, ENDS, job.targets(None), at_ends(job), [])
 
 
 def _needed(job: Job, index: int) -> bool:
@@ -132,8 +133,9 @@ def _needed(job: Job, index: int) -> bool:
 
 
 def _finished(job: Job, index: int) -> bool:
-    slopes = job.slopes()
-    return parts.curves_kept(job.work, str(index)) and (slopes is None or slopes.at(index).exists())
+    """Tell whether the way back has passed block number `index`: what only it needs is deleted by then."""
+    kept, slopes = [parts.curves_kept(job.work, str(i)) for i in range(index + 1)], job.slopes()
+    return kept[index] and (slopes is None or slopes.at(index).exists() or any(kept[:index]))
 
 
 def _forget(job: Job, index: int) -> None:
@@ -144,7 +146,9 @@ def _forget(job: Job, index: int) -> None:
         slopes.at(index + 1).delete()
 
 
-def _decompose(job: Job, step: str, targets: Sequence[Target], calibrated: Calibrated) -> None:
+def _decompose(
+    job: Job, step: str, targets: Sequence[Target], calibrated: Calibrated, warnings: Sequence[str]
+) -> None:
     """Decompose this process's share of `targets`, which are in memory, and keep all that is found."""
     recipe, model = job.recipe, job.stream.model
     owners = by_cost([target.size * min(target.shape) for target in targets], job.team.size)
@@ -170,5 +174,5 @@ def _decompose(job: Job, step: str, targets: Sequence[Target], calibrated: Calib
         for found, need in everywhere:
             together |= found
             lacking |= {kind: max(lacking.get(kind, 0), need[kind]) for kind in need}
-        parts.keep_curves(job.work, step, together, lacking)
+        parts.keep_curves(job.work, step, together, lacking, warnings)
     job.team.wait()

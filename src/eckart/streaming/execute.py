@@ -14,16 +14,18 @@ from .. import (
     assemble,
     dimensions,
     hub,
+    kinds,
     measure,
     memory,
     mend,
+    models,
     pipeline,
     plugin,
     report,
     selection,
     windows,
 )
-from ..accounting import sizes
+from ..accounting import sizes, written_bytes
 from ..choices import Choice
 from ..construct import parse_size
 from ..errors import ConfigError, ModelError
@@ -53,6 +55,7 @@ def check(recipe: Recipe) -> None:
         "stock": recipe.stock,
         "depth": recipe.depth,
         "correction": recipe.correction is not None,
+        f"split {recipe.split!r}": recipe.split != "none",
         "form 'shared'": method.form == "shared",
         "form 'width'": method.form == "width",
         f"method {recipe.method!r}": method.target == "anchored",
@@ -106,10 +109,12 @@ def compress_to(
     team = Team.joined(place)
     run = Run(watch if watch and team.rank == 0 else silent)
     with run.stage("open"):
-        job = _job(recipe, team, place, Path(work) if work else work_folder(out), parse_size(memory), run)
+        job, written = _job(
+            recipe, team, place, Path(work) if work else work_folder(out), parse_size(memory), run
+        )
     found, choices = _chosen(job, run)
     dtype = pipeline.output_dtype(recipe, job.stored)
-    before = sizes(job.stream.model, job.found, dtype)
+    before = replace(sizes(job.stream.model, job.found, dtype), bytes=written)
     after_tracks = _tracks(job, "after")
     with run.stage("write") as progress:
         after = write.write(job, found, choices, dtype, after_tracks, progress)
@@ -128,8 +133,13 @@ def work_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.work"
 
 
-def _job(recipe: Recipe, team: Team, place: torch.device, work: Path, limit: int, run: Run) -> Job:
-    """Open the model and the text, find what to treat, and refuse at once what cannot be done."""
+def _job(
+    recipe: Recipe, team: Team, place: torch.device, work: Path, limit: int, run: Run
+) -> tuple[Job, int]:
+    """Open the model and the text, find what to treat, and refuse at once what cannot be done.
+
+    Returns the job, and the bytes of the dense model in the output dtype.
+    """
     assert recipe.model is not None
     memory.map_large_blocks()
     remote = recipe.trust_remote_code
@@ -137,6 +147,9 @@ def _job(recipe: Recipe, team: Team, place: torch.device, work: Path, limit: int
     stored = hub.stored_dtype(recipe.model, trust_remote_code=remote)
     model = skeleton(recipe.model, hub.compute_dtype(stored, place), trust_remote_code=remote)
     shards = Shards(model, folder)
+    written = written_bytes(model, pipeline.output_dtype(recipe, stored))
+    for name in models.block_names(model):
+        kinds.unfold(model.get_submodule(name))
     tokenizer = hub.load_tokenizer(recipe.model, trust_remote_code=remote)
     texts = Texts.of(windows.read(recipe, tokenizer, run.warnings))
     measure.check_length(model, recipe.seq_len)
@@ -150,7 +163,7 @@ def _job(recipe: Recipe, team: Team, place: torch.device, work: Path, limit: int
     job = Job(recipe, recipe.model, stream, stored, found, suspected, texts, Work(work), team)
     need.check(job, limit)
     stream.learn(sorted({rows.shape[1] for rows in texts.all().values()} or {_PROBE}))
-    return replace(job, narrowable=verified(stream, suspected))
+    return replace(job, narrowable=verified(stream, suspected)), written
 
 
 def _key(
@@ -183,8 +196,8 @@ def _chosen(job: Job, run: Run) -> tuple[Decomposed, list[Choice]]:
         measured(job, _tracks(job, "dense"), "dense", progress)
     with run.stage("decompose") as progress:
         decompose(job, progress)
-    kept, short = parts.kept(job.work, job.steps())
-    run.warnings.extend(shortages(job.recipe, short))
+    kept, short, said = parts.kept(job.work, job.steps())
+    run.warnings.extend([*said, *shortages(job.recipe, short)])
     found = Decomposed(kept, job.narrowable, [], {})
     recipe, model = job.recipe, job.stream.model
     limit = pipeline.limit_of(recipe, model, job.found, job.stored)

@@ -76,9 +76,9 @@ class Job:
         return len(self.stream.names)
 
     def steps(self) -> list[str]:
-        """Return the names of the steps of the decomposition, in the order in which they are made."""
+        """Return the names of the steps of the decomposition, in the order of the model."""
         outside = [ENDS] if self.targets(None) else []
-        return [*(str(index) for index in reversed(range(self.count)) if self.targets(index)), *outside]
+        return [*(str(index) for index in range(self.count) if self.targets(index)), *outside]
 
     def targets(self, index: int | None) -> list[Target]:
         """Return the targets in block number `index`, or outside of the blocks."""

@@ -3,6 +3,9 @@
 import shutil
 from collections.abc import Iterable
 
+import torch
+
+from .. import models
 from ..errors import ConfigError, StoreError
 from ..hub import MB
 from ..memory import resident
@@ -63,13 +66,13 @@ def memory(job: Job) -> dict[str, int]:
 
 def disk(job: Job) -> int:
     """Return the bytes of the work folder when it is fullest: activations and decompositions."""
-    itemsize = job.stream.model.dtype.itemsize
+    itemsize: int = job.stream.model.dtype.itemsize
     length = 0 if job.texts.calibration is None else job.texts.calibration.shape[1]
     hidden = job.rows * length * job.stream.width * itemsize
     steps = job.count + 1
     slopes = hidden * (steps if job.recipe.stores else 2)
     factors = sum(_kept(job, target) for target in job.found if target.ranked)
-    output = sum(t.numel() for t in job.stream.model.state_dict().values()) * job.stored.itemsize
+    output: int = sum(t.numel() for t in job.stream.model.state_dict().values()) * job.stored.itemsize
     return hidden * steps + slopes + factors + output
 
 
@@ -104,7 +107,8 @@ def _window(job: Job) -> int:
     config = job.stream.model.config.get_text_config()
     scores = 4 * getattr(config, "num_attention_heads", 1) * length * length
     sides = max(sum(sum(target.shape) for target in job.targets(index)) for index in range(job.count))
-    return job.stream.model.dtype.itemsize * (scores + 3 * length * sides)
+    itemsize: int = job.stream.model.dtype.itemsize
+    return itemsize * (scores + 3 * length * sides)
 
 
 def _factoring(job: Job, targets: list[Target]) -> int:
@@ -131,9 +135,10 @@ def _ends(job: Job) -> int:
             module = model.get_submodule(name)
             sizes.append(sum(p.numel() * p.element_size() for p in module.parameters()))
     length = 0 if job.texts.calibration is None else job.texts.calibration.shape[1]
-    logits = 4 * _SINGLE * length * model.config.get_text_config().vocab_size
+    logits = 4 * _SINGLE * length * models.vocabulary(model)
     whole = sum(sizes) if job.targets(None) else max(sizes)
-    return whole * (model.dtype.itemsize + job.stored.itemsize) // model.dtype.itemsize + logits
+    itemsize: int = model.dtype.itemsize
+    return whole * (itemsize + job.stored.itemsize) // itemsize + logits
 
 
 def _kept(job: Job, target: Target) -> int:

@@ -94,12 +94,14 @@ def without_factors(work: Work, name: str, part: Part) -> Kept:
     return Kept(work, name, part.unit, part.losses().cpu() if part.decomposed else None, part.noises())
 
 
-def keep_curves(work: Work, step: str, parts: Mapping[str, Kept], short: Mapping[str, int]) -> None:
+def keep_curves(
+    work: Work, step: str, parts: Mapping[str, Kept], short: Mapping[str, int], warnings: Sequence[str]
+) -> None:
     """Write what choices are made of; this is the last file of a step, and says that it is finished.
 
-    `short` holds which moments lack how many tokens.
+    `short` holds which moments lack how many tokens, `warnings` what else there is to say.
     """
-    metadata = {"short": json.dumps(dict(short))}
+    metadata = {"short": json.dumps(dict(short)), "warnings": json.dumps(list(warnings))}
     work.write_tensors(f"{_CURVES}/{step}", dict(_curves(parts)), metadata)
 
 
@@ -108,16 +110,18 @@ def curves_kept(work: Work, step: str) -> bool:
     return work.has(f"{_CURVES}/{step}.safetensors")
 
 
-def kept(work: Work, steps: Sequence[str]) -> tuple[dict[str, Kept], dict[str, int]]:
-    """Return the decompositions of the finished `steps`, by name, and which moments lack how many tokens.
+def kept(work: Work, steps: Sequence[str]) -> tuple[dict[str, Kept], dict[str, int], list[str]]:
+    """Return the decompositions of the finished `steps` by name, what moments lack tokens, and warnings.
 
     Raises:
         StoreError: a file cannot be read.
     """
     found: dict[str, Kept] = {}
     short: dict[str, int] = {}
+    warnings: list[str] = []
     for step in steps:
         tensors, metadata = work.read_tensors(f"{_CURVES}/{step}")
+        warnings.extend(json.loads(metadata["warnings"]))
         for kind, need in json.loads(metadata["short"]).items():
             short[kind] = max(short.get(kind, 0), need)
         for name in dict.fromkeys(key.partition("|")[0] for key in tensors):
@@ -125,7 +129,7 @@ def kept(work: Work, steps: Sequence[str]) -> tuple[dict[str, Kept], dict[str, i
             own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
             noise = Noise(float(own["noise"]), own.get("noise_low_rank")) if "noise" in own else None
             found[name] = Kept(work, name, float(own["unit"]), own.get("curve"), noise)
-    return found, short
+    return found, short, warnings
 
 
 def _curves(parts: Mapping[str, Kept]) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from .. import hub, models
+from .. import hub, kinds, models
 from ..errors import ModelError
 from .shards import Shards, local
 
@@ -91,10 +91,11 @@ class Stream:
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Hold block number `index` in memory while the context is open."""
-        self.shards.load(self.model, self.inside(index))
+        """Hold block number `index`, its matrices as nn.Linear, in memory while the context is open."""
         found: nn.Module = self.model.get_submodule(self.names[index])
-        found.requires_grad_(False).to(self.place)
+        kinds.fold(found)  # files hold the stock modules
+        self.shards.load(self.model, self.inside(index))
+        kinds.unfold(found).requires_grad_(False).to(self.place)
         try:
             yield found
         finally:
@@ -117,18 +118,28 @@ class Stream:
         prefixes = tuple(f"{name}." for name in (*self.names, *without))
         wanted = [name for name in self.model.state_dict() if not name.startswith(prefixes)]
         self.shards.load(self.model, wanted)
-        self.model.tie_weights()
-        for owner in {name.rpartition(".")[0] for name in wanted}:
-            self.model.get_submodule(owner).to(self.place)
-        self.model.tie_weights()
+        self.settle()
         try:
             yield
         finally:
-            inside = tuple(f"{name}." for name in self.names)
-            for name, module in self.model.named_modules():
-                if not f"{name}.".startswith(inside):
-                    release(module, recurse=False)
+            for module in self._modules_outside():
+                release(module, recurse=False)
             self.model.tie_weights()
+
+    def settle(self) -> None:
+        """Move what is in memory outside of the blocks to the device, and tie what is tied."""
+        for module in self._modules_outside():
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.device.type != "meta" and parameter.device != self.place:
+                    setattr(module, key, nn.Parameter(parameter.to(self.place), requires_grad=False))
+            for key, buffer in module.named_buffers(recurse=False):
+                if buffer.device.type != "meta":
+                    setattr(module, key, buffer.to(self.place))
+        self.model.tie_weights()
+
+    def _modules_outside(self) -> list[nn.Module]:
+        inside = tuple(f"{name}." for name in self.names)
+        return [module for name, module in self.model.named_modules() if not f"{name}.".startswith(inside)]
 
     @contextmanager
     def _stubbed(self, stub: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:

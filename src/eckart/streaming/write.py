@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from .. import assemble, dimensions, models, selection, skeleton, storing
+from .. import assemble, dimensions, kinds, models, selection, skeleton, storing
 from ..calibrate import Calibrated
 from ..choices import Choice
 from ..declaration import EckartConfig, declare
@@ -85,7 +85,8 @@ def write(
         else:
             with stream.block(index) as block:
                 own = of_step(job, choices, index)
-                _put(job, found, own, dtype, lambda index=index: decompose.in_block(job, index))  # type: ignore[misc]
+                _put(job, found, own, dtype, lambda index=index: decompose.in_block(job, index)[0])  # type: ignore[misc]
+                kinds.fold(block)
                 _store(job, str(index), stream.inside(index), dtype)
                 models.cast(block, stream.model.dtype)
                 for track in tracks:
@@ -217,6 +218,7 @@ def _reload(job: Job, step: str) -> None:
     if job.work.has(f"{file}.safetensors"):
         tensors, _ = job.work.read_tensors(file)
         job.stream.shards.put(job.stream.model, tensors)
+        job.stream.settle()
         for module in job.stream.model.modules():
             if isinstance(module, StoredEmbedding):
                 module.rows_in(job.stream.model.dtype)

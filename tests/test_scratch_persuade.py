@@ -85,7 +85,7 @@ def test_factors_are_pulled_exactly(tmp_path: Path, kind: Any) -> None:
         module.down.weight.add_(0.1)
     start = [module.up.weight.detach().clone(), module.down.weight.detach().clone()]
     made = trainer(tmp_path, model, [callback], max_grad_norm=1e-12)
-    slopes = callback._penalty(module).on_factors(*start).gradients  # type: ignore[union-attr]
+    slopes = callback._penalty("", module).on_factors(*start).gradients  # type: ignore[union-attr]
     made.train()
     for weight, old, slope in zip((module.up.weight, module.down.weight), start, slopes, strict=True):
         assert torch.allclose(weight, old - 0.05 * slope, atol=1e-5)
@@ -163,6 +163,8 @@ def test_a_spectrum_is_that_of_the_map() -> None:
     assert len(own) == 5
     assert torch.allclose(own, other[:5], rtol=1e-5)
     assert float(other[5:].max()) < 1e-5 * float(other[0])
+    pivoted = preset.factorize(tiny.build("llama"), Structure(rank=5, form="pivoted"))
+    assert torch.allclose(decline.spectrum(pivoted.model.layers[0].mlp.down_proj), other, atol=1e-5)
     made = decline.summary(torch.tensor([3.0, 1.0, 1.0, 1.0], dtype=torch.float64), 2)
     assert made == pytest.approx(
         {"norm": 12**0.5, "stable_rank": 12 / 9, "rank_90": 3, "rank_99": 4, "beyond": 2 / 12}

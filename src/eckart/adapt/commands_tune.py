@@ -8,6 +8,7 @@ import typer
 
 from .. import recipe, render
 from ..bars import Bars
+from ..scratch.options import Penalty, PenaltyKeep, Schedule, Strength, penalty_of
 from ..terminal import AsJson, Checkpointing, Device, Overwrite, Precision, Remote, failures, show
 from ..training import is_main
 from ..yaml_files import section
@@ -84,6 +85,10 @@ def tune(
     first_batches: Annotated[
         int | None, typer.Option(help="Batches that initialisation and --rank auto look at (8).")
     ] = None,
+    penalty: Penalty = None,
+    strength: Strength = None,
+    penalty_keep: PenaltyKeep = None,
+    schedule: Schedule = None,
     checkpointing: Checkpointing = None,
     tight: Annotated[
         bool | None,
@@ -103,7 +108,7 @@ def tune(
     as_json: AsJson = False,
 ) -> None:
     """Tune a model, or an adapter on it. An interrupted run goes on where it was."""
-    given = {
+    given: dict[str, Any] = {
         "data": tuple(data or ()), "method": method, "eval_data": tuple(eval_data or ()), "hold": hold,
         "task": task, "columns": _columns(columns), "template": template, "labels": tuple(labels or ()),
         "rank": _rank(rank), "auto_rank": auto_rank, "budget": budget, "start_rank": start_rank,
@@ -116,7 +121,9 @@ def tune(
     }  # fmt: skip
     work = session.work_folder(out)
     with failures(work):
-        settings = tuning.from_mapping(recipe.override(section(recipe_file, "tune"), given))
+        base = section(recipe_file, "tune")
+        given["penalty"] = penalty_of(base, penalty, strength, penalty_keep, schedule)
+        settings = tuning.from_mapping(recipe.override(base, given))
         with Bars() as bars:
             bars.watch("load", 0, 1)
             _, done = session.tune(

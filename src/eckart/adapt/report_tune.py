@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ..hub import MB
 from ..render import markdown_table, table, to_json
+from ..scratch.decline import Decline, plot
 from .judge import Judged
 from .store import Nf4
 from .tuned import Prospect, Tuned
@@ -209,6 +210,13 @@ model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
 model = PeftModel.from_pretrained(model, "{folder}")
 ```
 """
+
+
+def plot_spectra(tuned: Tuned, path: Path) -> bool:
+    """Draw how the spectra declined under a penalty, as a PNG; return False where matplotlib is missing."""
+    made = Decline()
+    made.take(tuned.decline or {})
+    return plot(made, path)
 
 
 def plot_ranks(tuned: Tuned, path: Path) -> bool:

@@ -131,6 +131,8 @@ def write(
             loaded.tokenizer.save_pretrained(folder)
         done = replace(tuned, stored_bytes=hub.weight_bytes(folder))
         plot = bool(done.trajectory) and report_tune.plot_ranks(done, folder / "ranks.png")
+        if done.decline is not None:
+            report_tune.plot_spectra(done, folder / "spectra.png")
         _put(folder, report_tune.documents(done, out.name, attached.storage, plot))
     return done
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..factors import FactoredLinear
+from ..factors import FactoredLinear, PivotedLinear
 from ..linalg import to_float64
 from ..ranks import Keep, uniform
 
-Matrix = nn.Linear | FactoredLinear
+Matrix = nn.Linear | FactoredLinear | PivotedLinear
 _ENERGIES = (0.9, 0.99)
 
 
@@ -31,7 +31,7 @@ def spectrum(module: Matrix) -> Tensor:
         mix = torch.linalg.qr(left).R @ torch.linalg.qr(right.T).R.T
         found: Tensor = torch.linalg.svdvals(mix)
         return found.cpu()
-    work = to_float64(module.weight)
+    work = to_float64(module.map().dense() if isinstance(module, PivotedLinear) else module.weight)
     gram = work @ work.T if work.shape[0] <= work.shape[1] else work.T @ work
     squares: Tensor = torch.linalg.eigvalsh(gram)
     return squares.clamp(min=0).sqrt().flip(0).cpu()

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .. import models, stores
 from ..errors import ConfigError
-from ..factors import FactoredLinear
+from ..factors import FactoredLinear, PivotedLinear
 from ..quant.corrected import CorrectedLinear
 from .decline import Decline, Matrix, target_rank
 from .penalties import (
@@ -54,14 +54,18 @@ def matrices(model: Any, persuasion: Persuasion) -> dict[str, Matrix]:
         chosen = [name for name in names if models.owner(name, blocks)]
     chosen = [name for name in chosen if models.match_one(name, persuasion.exclude) is None]
     for name in chosen:
-        if name in low_rank and not isinstance(legal[name], FactoredLinear):
-            raise ConfigError(
-                f"{name} is a {type(legal[name]).__name__}: penalties are for dense matrices and for two "
-                "factors; leave it out (exclude)"
-            )
+        if name in low_rank and not isinstance(legal[name], FactoredLinear | PivotedLinear):
+            raise _refusal(name, legal[name])
     if not chosen:
         raise ConfigError("no matrix left to penalise: exclude removes all of them")
     return {name: legal[name] for name in chosen}
+
+
+def _refusal(name: str, module: nn.Module) -> ConfigError:
+    return ConfigError(
+        f"{name} is a {type(module).__name__}: penalties are for dense matrices and for two factors; leave "
+        "it out (exclude)"
+    )
 
 
 def _refuse_stored(model: nn.Module) -> None:
@@ -119,7 +123,7 @@ class Persuade(TrainerCallback):  # type: ignore[misc]
                 "fp16 without clipping leaves gradients scaled when the penalty is added: set max_grad_norm, "
                 "or train in bfloat16"
             )
-        pulls = [self._penalty(module) for module in found.values()]
+        pulls = [self._penalty(name, module) for name, module in found.items()]
         if not any(pulls):
             raise ConfigError(
                 f"keep {self.persuasion.keep}: no matrix has a higher rank than that leaves; lower it"
@@ -129,8 +133,10 @@ class Persuade(TrainerCallback):  # type: ignore[misc]
                 penalty.anchor(module.weight.detach())
                 break
 
-    def _penalty(self, module: Matrix) -> Penalty | None:
+    def _penalty(self, name: str, module: Matrix) -> Penalty | None:
         """Return the penalty on `module`, None where its rank is at the target already."""
+        if isinstance(module, PivotedLinear):
+            raise _refusal(name, module)
         kind = self.persuasion.kind
         if kind == "tail":
             rank = target_rank((module.out_features, module.in_features), self.persuasion.keep)
@@ -153,7 +159,7 @@ class Persuade(TrainerCallback):  # type: ignore[misc]
         if strength == 0:
             return
         for name, module in self._matrices().items():
-            penalty = self._penalty(module)
+            penalty = self._penalty(name, module)
             if penalty is None:
                 continue
             weights: tuple[Tensor, ...]
@@ -162,6 +168,7 @@ class Persuade(TrainerCallback):  # type: ignore[misc]
                 slopes = penalty.on_factors(*(weight.detach() for weight in weights)).gradients
             else:
                 weights = (module.weight,)
+                assert isinstance(module, nn.Linear)
                 slopes = penalty.on_matrix(
                     module.weight, self._anchor(name, module, penalty, state)
                 ).gradients

@@ -1,0 +1,32 @@
+"""Options of commands that train with a penalty."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+Penalty = Annotated[
+    str | None,
+    typer.Option(help="Seek low rank: nuclear, tail, stable-rank, or orthogonality (of factors)."),
+]
+Strength = Annotated[float | None, typer.Option(help="What the penalty is multiplied by; needed with it.")]
+PenaltyKeep = Annotated[
+    float | None, typer.Option(help="tail: the target rank is that of factors with this share of parameters.")
+]
+Schedule = Annotated[
+    str | None, typer.Option(help="Of the strength: constant (default), or rising, linear or cosine.")
+]
+
+
+def penalty_of(
+    base: Mapping[str, Any],
+    penalty: str | None,
+    strength: float | None,
+    keep: float | None,
+    schedule: str | None,
+) -> dict[str, Any] | None:
+    """Return the settings of the penalty: those of a recipe's section `base`, and what is given over them."""
+    given = {"kind": penalty, "strength": strength, "keep": keep, "schedule": schedule}
+    found = {key: value for key, value in given.items() if value is not None}
+    known = base.get("penalty")
+    return {**(known if isinstance(known, Mapping) else {}), **found} if found else None

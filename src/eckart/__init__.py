@@ -26,7 +26,9 @@ from .overrides import Override
 from .plugin import densify
 from .recipe import Recipe
 from .scratch.preset import from_config
+from .scratch.pretrain import pretrain
 from .stats import collect
+from .streaming.execute import compress_to
 
 __all__ = [
     "ConfigError",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "collect",
     "compress",
+    "compress_to",
     "densify",
     "diff",
     "evaluate",
@@ -53,6 +56,7 @@ __all__ = [
     "load",
     "merge",
     "nystrom",
+    "pretrain",
     "quantise",
     "resize",
     "save",

@@ -116,6 +116,20 @@ LAYERS = {
     "joining": 13,
     "quantising": 13,
     "tying": 13,
+    "scratch": 0,
+    "scratch.options": 1,
+    "scratch.penalties": 2,
+    "scratch.persuasion": 2,
+    "scratch.decline": 4,
+    "scratch.decay": 6,
+    "scratch.tokens": 6,
+    "scratch.persuade": 9,
+    "scratch.preset": 16,
+    "scratch.switch": 17,
+    "scratch.pretraining": 17,
+    "scratch.report_pretrain": 17,
+    "scratch.pretrain": 18,
+    "scratch.commands_pretrain": 19,
     "streaming": 0,
     "streaming.activations": 1,
     "streaming.shards": 10,
@@ -168,7 +182,7 @@ LOWEST_WITH_TRANSFORMERS = LAYERS["kinds"]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 PRINTING = (
     "cli", "terminal", "commands_tune", "commands_adapters", "commands_params", "commands_quantise",
-    "commands_share",
+    "commands_share", "commands_pretrain",
 )  # fmt: skip
 
 

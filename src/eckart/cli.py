@@ -372,6 +372,7 @@ commands_tune.register(app)
 commands_adapters.register(app)
 commands_params.register(app)
 commands_quantise.register(app)
+commands_pretrain.register(app)
 commands_share.register(app)
 
 

@@ -1,5 +1,6 @@
 """Every architecture: found by structure, compressed, saved, loaded, equal; and what is refused."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,68 +8,82 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import eckart
-from eckart import ModelError, embeddings, hub, models, skeleton
+from eckart import ModelError, embeddings, fused, hub, kinds, models, skeleton, splitting
 from eckart.factors import FORMS, Form, LowRank, build
 from eckart.linalg import truncated_svd
+from eckart.recipe import Split
 
 from . import tiny
 from .conftest import Compress, logits, reload
 
 NAMES = list(tiny.ARCHITECTURES)
+SPLITS: list[tuple[str, Split]] = [
+    *((name, "none") for name in NAMES),
+    *((name, "fused") for name in tiny.FUSED),
+]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_compresses_saves_and_loads_bit_equal(
-    name: str, compress: Compress, tmp_path: Path, tokenizer: Any
+def aligned(model: Any) -> Any:
+    """Return a copy of a loaded model in memory of its own: kernels sum unaligned files otherwise."""
+    return copy.deepcopy(model)
+
+
+@pytest.mark.parametrize(("name", "split"), SPLITS)
+def test_compresses_loads_bit_equal_and_is_stock_again_when_dense(
+    name: str, split: Split, compress: Compress, tmp_path: Path, tokenizer: Any
 ) -> None:
-    model, result = compress(tiny.build(name))
+    dense = tiny.build(name)
+    stock = [(part, type(module)) for part, module in dense.named_modules()]
+    model, result = compress(dense, split=split)
     assert result.keep_linears <= 0.6
     assert set(models.low_rank_modules(model))
+    assert any(isinstance(part, fused.SplitLinear) for part in model.modules()) == (split == "fused")
     before = logits(model, tiny.tokens())
     eckart.save(model, tokenizer, tmp_path / "out", result)
-    assert torch.equal(logits(reload(tmp_path / "out"), tiny.tokens()), before)
+    assert result.after.bytes == hub.weight_bytes(tmp_path / "out")
+    again = aligned(reload(tmp_path / "out"))
+    assert torch.equal(logits(again, tiny.tokens()), before)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(aligned(reload(tmp_path / "again")), tiny.tokens()), before)
+
+    dense = eckart.densify(again)
+    assert [(part, type(module)) for part, module in dense.named_modules()] == stock
+    assert torch.allclose(logits(dense, tiny.tokens()), before, atol=2e-4 * float(before.abs().max()))
+    dense.save_pretrained(tmp_path / "dense")
+    assert "eckart" not in (tmp_path / "dense" / "config.json").read_text()
+    plain = aligned(AutoModelForCausalLM.from_pretrained(tmp_path / "dense"))
+    assert torch.equal(logits(plain, tiny.tokens()), logits(dense, tiny.tokens()))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_default_targets_are_all_linears_of_the_blocks(name: str) -> None:
-    model = tiny.build(name)
+    model = kinds.unfold(tiny.build(name))
     found = {target.name for target in models.targets(model)}
-    assert found == {n for n in models.linear_names(model) if ".layers." in n}
+    assert found == {n for n in models.linear_names(model) if ".layers." in n or ".h." in n}
     assert not any("lm_head" in n or "embed_out" in n for n in found)
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NAMES)
-def test_full_rank_equals_the_original_to_rounding(name: str, form: Form) -> None:
+@pytest.mark.parametrize(("name", "split"), SPLITS)
+def test_full_rank_equals_the_original_to_rounding(name: str, split: Split, form: Form) -> None:
     model, cut = tiny.build(name, torch.float64), tiny.build(name, torch.float64)
     before = logits(model, tiny.tokens())
+    for one in (model, cut):
+        assert not splitting.unfold(one, split == "fused")
     for target in models.targets(model):
         linear = models.find(model, target.name)
         svd = truncated_svd(linear.weight.detach(), min(target.shape))
         low_rank = LowRank(svd.left * svd.values, svd.right)
         models.replace(model, target.name, build(low_rank, form, linear.bias))
-        less = LowRank(low_rank.left[:, :-1], low_rank.right[:-1])
+        kept = max(1, len(svd.values) - 1)
+        less = LowRank(low_rank.left[:, :kept], low_rank.right[:kept])
         models.replace(cut, target.name, build(less, form, linear.bias))
     tolerance = 1e-10 * float(before.abs().max())
     assert torch.allclose(logits(model, tiny.tokens()), before, atol=tolerance)
     assert not torch.allclose(logits(cut, tiny.tokens()), before, atol=tolerance)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_densify_gives_a_stock_model_with_the_same_function(
-    name: str, compress: Compress, tmp_path: Path
-) -> None:
-    model, _ = compress(tiny.build(name))
-    before = logits(model, tiny.tokens())
-    dense = eckart.densify(model)
-    assert not models.low_rank_modules(dense)
-    assert torch.allclose(logits(dense, tiny.tokens()), before, atol=2e-4 * float(before.abs().max()))
-    dense.save_pretrained(tmp_path)
-    assert "eckart" not in (tmp_path / "config.json").read_text()
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(again, tiny.tokens()), logits(dense, tiny.tokens()))
 
 
 def test_grouped_query_attention_keeps_its_shapes(compress: Compress) -> None:
@@ -172,18 +187,46 @@ def _config_model(kind: str, **options: Any) -> Any:
     return auto.from_config(getattr(transformers, kind)(**options))
 
 
-def test_modules_that_are_not_understood_are_refused_by_name() -> None:
-    small = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1}
-    gpt2 = _config_model("GPT2Config", **small)
-    with pytest.raises(ModelError, match=r"not understood: Conv1D \([\d,]+ parameters\)"):
-        models.targets(gpt2)
-    mixtral = _config_model(
-        "MixtralConfig", vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
-    with pytest.raises(ModelError, match=r"not understood: MixtralExperts"):
-        models.targets(mixtral)
+class Louder(MixtralExperts):  # type: ignore[misc]
+    """Looks like experts that are understood and computes something else."""
+
+    def forward(self, *args: Any) -> Any:
+        """Return twice as much."""
+        return 2 * MixtralExperts.forward(self, *args)
+
+
+class Unlike(torch.nn.Linear):
+    """Looks like a linear map and computes something else."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map `inputs` and add one."""
+        return super().forward(inputs) + 1
+
+
+def test_modules_that_are_not_understood_are_refused_by_name(compress: Compress) -> None:
+    mixtral = tiny.build("mixtral")
+    with pytest.raises(ModelError, match=r"not understood: MixtralExperts \([\d,]+ parameters\)"):
+        models.targets(mixtral)  # not unfolded
+    for layer in mixtral.model.layers:
+        layer.mlp.experts.__class__ = Louder
+    with pytest.raises(ModelError, match=r"not understood: Louder \([\d,]+ parameters\)"):
+        compress(mixtral)
     assert models.targets(mixtral, include=["q_proj"])
+    neox = tiny.build("gpt-neox")
+    neox.gpt_neox.layers[0].mlp.dense_h_to_4h.__class__ = Unlike
+    with pytest.raises(ModelError, match=r"not understood: Unlike \([\d,]+ parameters\)"):
+        compress(neox)
+
+
+def test_a_refused_model_stays_as_it_was(compress: Compress) -> None:
+    for name in ("gpt2", "mixtral"):
+        model = tiny.build(name)
+        before = [(name, type(module)) for name, module in model.named_modules()]
+        values = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(ModelError, match="matches none"):
+            compress(model, include=["nothing_like_it"], split="fused")
+        assert [(name, type(module)) for name, module in model.named_modules()] == before
+        assert all(torch.equal(values[key], value) for key, value in model.state_dict().items())
 
 
 def test_a_model_without_stacks_has_all_its_linears_treated() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eckart import pipeline, recipe
+from eckart import pipeline, recipe, stages
 from eckart.pipeline import Prepared
 
 
@@ -32,7 +32,7 @@ def made(common: Mapping[str, Any], cache: Path) -> tuple[Prepared, float]:
         seconds = time.process_time() - start
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(".partial")
-        torch.save((dataclasses.replace(found, run=pipeline.Run(print_progress)), seconds), partial)
+        torch.save((dataclasses.replace(found, run=stages.Run(print_progress)), seconds), partial)
         partial.replace(cache)
     loaded: tuple[Prepared, float] = torch.load(cache, weights_only=False)
     return loaded

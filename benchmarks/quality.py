@@ -26,6 +26,7 @@ import torch
 
 from eckart import environment, memory, mend, models, pipeline, recipe, render, windows
 from eckart.healing import REFINEMENTS, Healing
+from eckart.measure import Perplexity
 from eckart.measure import perplexity as measure_perplexity
 from eckart.mend import Ward
 from eckart.methods import METHODS
@@ -170,8 +171,8 @@ def tuned(options: argparse.Namespace, budget: str) -> dict[str, Any]:
 
 
 def row(method: str, budget: str, result: Result, once: float, spent: float) -> dict[str, Any]:
-    assert result.dense is not None
-    assert result.compressed is not None
+    assert isinstance(result.dense, Perplexity)
+    assert isinstance(result.compressed, Perplexity)
     parts = ("choose", "replace", "anchor")
     found: dict[str, Any] = {
         "method": method,
@@ -188,7 +189,7 @@ def row(method: str, budget: str, result: Result, once: float, spent: float) -> 
     if result.foreign is not None:
         found["foreign"] = [result.foreign.dense.perplexity, result.foreign.compressed.perplexity]
     if result.healing:
-        assert result.one_shot is not None
+        assert isinstance(result.one_shot, Perplexity)
         found |= {
             "one_shot": result.one_shot.perplexity,
             "foreign_one_shot": None if result.foreign is None else result.foreign.one_shot.perplexity,

@@ -109,7 +109,7 @@ def compressed(folder: Path, dense: Any, tokenizer: Any, rank: int = 8, form: Fo
     return folder
 
 
-def reading(text: Path, tokenizer: Any, tokens: int, eval_tokens: int, seq_len: int) -> windows.Windows:
+def reading(text: Path, tokenizer: Any, tokens: int, eval_tokens: int, seq_len: int) -> windows.TextWindows:
     """Return the windows of `text` that a run sees."""
     recipe = read_text((str(text),), tokens=tokens, eval_tokens=eval_tokens, seq_len=seq_len)
     assert recipe is not None

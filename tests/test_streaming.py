@@ -11,8 +11,9 @@ from torch import Tensor
 
 import eckart
 from eckart import ConfigError, ModelError, RankError, StoreError, models
+from eckart.healing import Healing
 from eckart.recipe import Recipe
-from eckart.streaming import execute, need, passes, work
+from eckart.streaming import execute, passes, work
 from eckart.streaming.activations import Activations
 from eckart.streaming.execute import compress_to
 from eckart.streaming.shards import Shards
@@ -200,7 +201,7 @@ def test_a_disk_without_room_is_refused(
     source: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(need.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr("eckart.streaming.need.shutil.disk_usage", lambda folder: usage)
     with pytest.raises(StoreError, match=r"has 0 MB left and the run needs [\d,]+ MB there"):
         compress_to(recipe(source()), tmp_path / "out", memory="8GB")
 
@@ -209,7 +210,7 @@ def test_a_disk_without_room_is_refused(
     ("options", "message"),
     [
         (
-            {"heal": eckart.recipe.Healing()},
+            {"heal": Healing()},
             "heal needs the whole model.*heal what was written afterwards",
         ),
         ({"stock": True}, "stock needs the whole model"),

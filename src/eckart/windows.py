@@ -44,7 +44,18 @@ class Windows:
         return replace(self, **rows)  # type: ignore[arg-type]
 
 
-def read(recipe: Recipe, tokenizer: Any, warnings: list[str]) -> Windows:
+@dataclass(frozen=True, slots=True)
+class TextWindows(Windows):
+    """Windows of token ids (k, seq_len)."""
+
+    calibration: Tensor | None
+    trial: Tensor | None
+    held_out: Tensor | None
+    own_text: bool
+    foreign: Tensor | None = None
+
+
+def read(recipe: Recipe, tokenizer: Any, warnings: list[str]) -> TextWindows:
     """Read the sources that `recipe` names and cut them into windows; say in `warnings` what is short.
 
     Raises:
@@ -57,14 +68,14 @@ def read(recipe: Recipe, tokenizer: Any, warnings: list[str]) -> Windows:
         recipe.foreign_text, tokenizer, recipe.eval_tokens, recipe.seq_len, recipe.bos, "the foreign text"
     )
     if not recipe.text and not recipe.eval_text:
-        return Windows(None, None, None, False, foreign)
+        return TextWindows(None, None, None, False, foreign)
     bos = text.begin_token(tokenizer, recipe.bos)
     texts = text.load(recipe.text or recipe.eval_text, recipe.eval_text, tokenizer)
     held_out = text.windows(
         texts.evaluation[: recipe.eval_tokens], recipe.seq_len, bos, "the text to measure on"
     )
     if not recipe.text:
-        return Windows(None, None, held_out, False, foreign)
+        return TextWindows(None, None, held_out, False, foreign)
     rows = text.windows(texts.calibration, recipe.seq_len, bos, "the text to calibrate on")
     wanted = max(1, recipe.tokens // rows.shape[1])
     if len(rows) < wanted:
@@ -75,4 +86,4 @@ def read(recipe: Recipe, tokenizer: Any, warnings: list[str]) -> Windows:
     chosen, spare = shuffled[:wanted].sort().values, shuffled[wanted:]
     count = max(1, _TRIAL_TOKENS // rows.shape[1])
     trial = torch.cat([spare, chosen])[:count]
-    return Windows(rows[chosen], rows[trial], held_out, texts.held_out, foreign)
+    return TextWindows(rows[chosen], rows[trial], held_out, texts.held_out, foreign)

@@ -225,7 +225,7 @@ class _Text:
     """The base in memory, the text to run through it, and the damping of what it shows."""
 
     loaded: hub.Loaded
-    texts: windows.Windows
+    texts: windows.TextWindows
     damp: float
 
 

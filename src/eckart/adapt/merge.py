@@ -185,7 +185,7 @@ def _into_factors(
     model: Any,
     chosen: Mapping[str, Factors],
     reading: Recipe | None,
-    texts: windows.Windows | None,
+    texts: windows.TextWindows | None,
     watch: Watch,
 ) -> tuple[list[tuple[Row, float]], Comparison | None]:
     """Merge into low-rank modules; return a row with the norm of the update for each, and the comparison."""

@@ -11,7 +11,7 @@ from ..calibrate import spread
 from ..dimensions import Dimension
 from ..models import Target
 from ..recipe import Recipe
-from ..windows import Windows
+from ..windows import TextWindows
 from .passes import Slopes, Track
 from .stream import Stream
 from .team import Team, all_of
@@ -32,11 +32,9 @@ class Texts:
     own_text: bool
 
     @classmethod
-    def of(cls, found: Windows) -> "Texts":
+    def of(cls, found: TextWindows) -> "Texts":
         """Return the windows that were `found` in text."""
-        rows = (found.calibration, found.trial, found.held_out, found.foreign)
-        tokens = [own if isinstance(own, Tensor) else None for own in rows]
-        return cls(tokens[0], tokens[1], tokens[2], tokens[3], found.own_text)
+        return cls(found.calibration, found.trial, found.held_out, found.foreign, found.own_text)
 
     def all(self) -> dict[str, Tensor]:
         """Return what there is, by name."""

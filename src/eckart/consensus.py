@@ -15,7 +15,8 @@ from .errors import ConfigError, NotPositiveDefinite
 from .factors import LowRank
 from .linalg import Metric, check_matrix, check_rank, to_float64, weighted_error, weighted_svd
 
-_SOLVER_STEPS = 6
+_SOLVER_STEPS = 8
+_SOLVER_STEPS_AGAIN = 3
 _SOLVER_GAIN = 1e-5
 _SWEEPS = 8
 _RIDGE = 1e-12
@@ -61,7 +62,7 @@ def agree(
     *,
     rank: int = 0,
     scaled: bool = False,
-    tolerance: float = 1e-2,
+    tolerance: float = 3e-2,
     sweeps: int = _SWEEPS,
 ) -> Consensus:
     """Fit what `members` share, and what each has of its own, to the least loss that alternation finds.
@@ -97,7 +98,7 @@ def agree(
                 run.solve_scales()
             if rank:
                 run.solve_differences(rank)
-            run.solve_base()
+            run.solve_base(_SOLVER_STEPS_AGAIN)
             course.append(run.loss())
             if course[-2] - course[-1] <= max(tolerance * course[-2], _EXACT * course[0]):
                 break
@@ -194,14 +195,14 @@ class _Run:
         """Return the whole loss."""
         return sum(self.losses())
 
-    def solve_base(self) -> None:
+    def solve_base(self, steps: int = _SOLVER_STEPS) -> None:
         """Minimise over the base by preconditioned conjugate gradients, from where it is."""
         places = range(len(self.members))
         errors = [self.weighed(p, self.target(p) - self.own(p)) for p in places]
         left = torch.stack([s[:, None] * e for s, e in zip(self.scales, errors, strict=True)]).sum(0)
         first: float | None = None
         direction, before = torch.zeros_like(left), 1.0
-        for _ in range(_SOLVER_STEPS):
+        for _ in range(steps):
             steep = self.outputs.times(self.inputs.times(left.T).T)
             now = float((left * steep).sum())
             direction = steep + now / before * direction

@@ -65,7 +65,7 @@ def join(
     seen = texts.calibration if wanted.start == "fit" else None
     names = [target.name for target in targets]
     calibrated = statistics_of(recipe, model, names, seen, lambda at, of: show("calibrate", at, of))
-    rows = _join(recipe, wanted, model, groups, calibrated, dtype, lambda at, of: show("share", at, of))
+    rows = put(recipe, wanted, model, groups, calibrated, dtype, lambda at, of: show("share", at, of))
     models.tie(model)
     kinds.fold(model)
     plugin.mark(model)
@@ -133,7 +133,7 @@ def _check_rank(rank: int, targets: Sequence[Target]) -> None:
 
 
 @torch.no_grad()
-def _join(
+def put(
     recipe: Recipe,
     wanted: Sharing,
     model: nn.Module,
@@ -142,7 +142,10 @@ def _join(
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
 ) -> dict[str, Module]:
-    """Put shared modules in the place of all matrices in `groups`; return a row for each."""
+    """Put shared modules in the place of all matrices in `groups`, in place; return a row for each.
+
+    The statistics are used up.
+    """
     rows: dict[str, Module] = {}
     metrics: dict[str, Metric] = {}
     generator, blocks, last = torch.Generator().manual_seed(wanted.seed), models.block_names(model), None

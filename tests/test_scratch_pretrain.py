@@ -249,6 +249,9 @@ def test_full_tuning_takes_a_penalty_and_adapters_do_not(llama_folder: Path, tmp
     refused = invoke("tune", *given, *penalty)
     assert refused.exit_code == 2
     assert "which method lora leaves as they are: use method full" in " ".join(refused.stderr.split())
+    galore = invoke("tune", *given, "--optimizer", "galore_adamw")
+    assert galore.exit_code == 2
+    assert "optimizer 'galore_adamw' is for method full" in " ".join(galore.stderr.split())
     alone = invoke("tune", *given, "--method", "full", "--penalty", "nuclear")
     assert alone.exit_code == 2
     assert "strength" in alone.stderr

@@ -8,7 +8,7 @@ import typer
 
 from .. import recipe, render
 from ..bars import Bars
-from ..scratch.options import Penalty, PenaltyKeep, Schedule, Strength, penalty_of
+from ..scratch.options import Optimizer, OptimizerArgs, Penalty, PenaltyKeep, Schedule, Strength, penalty_of
 from ..terminal import AsJson, Checkpointing, Device, Overwrite, Precision, Remote, failures, show
 from ..training import is_main
 from ..yaml_files import section
@@ -89,6 +89,8 @@ def tune(
     strength: Strength = None,
     penalty_keep: PenaltyKeep = None,
     schedule: Schedule = None,
+    optimizer: Optimizer = None,
+    optimizer_args: OptimizerArgs = None,
     checkpointing: Checkpointing = None,
     tight: Annotated[
         bool | None,
@@ -118,6 +120,7 @@ def tune(
         "seq_len": seq_len, "packing": packing, "evaluations": evaluations, "eval_limit": eval_limit,
         "patience": patience, "first_batches": first_batches, "checkpointing": checkpointing, "tight": tight,
         "precision": precision, "paged": paged, "seed": seed,
+        "optimizer": optimizer, "optimizer_args": optimizer_args,
     }  # fmt: skip
     work = session.work_folder(out)
     with failures(work):

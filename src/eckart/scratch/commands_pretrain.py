@@ -14,7 +14,7 @@ from ..training import is_main
 from ..yaml_files import section
 from . import pretrain as session
 from . import report_pretrain
-from .options import Penalty, PenaltyKeep, Schedule, Strength, penalty_of
+from .options import Optimizer, OptimizerArgs, Penalty, PenaltyKeep, Schedule, Strength, penalty_of
 from .pretraining import from_mapping
 
 
@@ -70,12 +70,8 @@ def pretrain(
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best (10).")
     ] = None,
-    optimizer: Annotated[
-        str | None, typer.Option(help="adamw, or galore_adamw, galore_adamw_8bit, galore_adafactor.")
-    ] = None,
-    optimizer_args: Annotated[
-        str | None, typer.Option(help="Of GaLore, e.g. rank=128,update_proj_gap=200,scale=0.25.")
-    ] = None,
+    optimizer: Optimizer = None,
+    optimizer_args: OptimizerArgs = None,
     checkpointing: Checkpointing = None,
     precision: Precision = None,
     dtype: Annotated[str | None, typer.Option(help="Of the output (float32).")] = None,

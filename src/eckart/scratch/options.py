@@ -17,6 +17,14 @@ Schedule = Annotated[
     str | None, typer.Option(help="Of the strength: constant (default), or rising, linear or cosine.")
 ]
 
+Optimizer = Annotated[
+    str | None,
+    typer.Option(help="adamw, or with all parameters galore_adamw, galore_adamw_8bit, galore_adafactor."),
+]
+OptimizerArgs = Annotated[
+    str | None, typer.Option(help="Of GaLore, e.g. rank=128,update_proj_gap=200,scale=0.25.")
+]
+
 
 def penalty_of(
     base: Mapping[str, Any],

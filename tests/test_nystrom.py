@@ -1,6 +1,8 @@
 """Laws of Nystrom, pivoted Cholesky, interpolative and CUR decompositions."""
 
+import copy
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eckart import ConfigError, NotPositiveDefinite, RankError, interpolative, nystrom
-from eckart.linalg import ridge_leverage, truncated_svd
+from eckart import ConfigError, NotFinite, NotPositiveDefinite, RankError, interpolative, nystrom, stats
+from eckart.linalg import Metric, ridge_leverage, truncated_svd, weighted_error, weighted_svd
+
+from . import tiny
 
 FAST = settings(deadline=None, max_examples=25, derandomize=True)
 SEEDS = st.integers(0, 10_000)
@@ -243,3 +247,101 @@ def test_a_matrix_of_zeros_is_no_trouble() -> None:
     found = nystrom.nystrom(torch.zeros(5, 5), torch.arange(2))
     assert float(found.dense().abs().max()) == 0
     assert nystrom.choose(torch.zeros(5, 5), 3, "leverage").numel() == 3
+
+
+def wide(size: int, count: int, seed: int, damp: float = 1e-3) -> tuple[nystrom.WideMetric, Tensor]:
+    """Return a wide metric, and the moment that it stands for."""
+    moment = semidefinite(size, seed, 0.8)
+    test = torch.randn(size, count, generator=seeded(seed + 1), dtype=torch.float64)
+    return nystrom.WideMetric(moment.diagonal(), moment @ test, test, damp), moment
+
+
+@FAST
+@given(size=st.integers(3, 20), seed=SEEDS, data=st.data())
+def test_a_wide_metric_is_what_it_says_without_being_formed(
+    size: int, seed: int, data: st.DataObject
+) -> None:
+    count = data.draw(st.integers(1, size))
+    found, moment = wide(size, count, seed)
+    dense, probe = found.dense(), torch.randn(size, 3, generator=seeded(seed), dtype=torch.float64)
+    damped = moment.diagonal() + 1e-3 * moment.diagonal().mean()
+    assert torch.allclose(dense.diagonal(), damped)
+    assert torch.allclose(found.times(probe), dense @ probe)
+    root = found.root_times(torch.eye(size, dtype=torch.float64))
+    assert torch.allclose(root.T @ root, dense, atol=1e-9)
+    assert torch.allclose(found.inverse_root_times(root), torch.eye(size, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(found.factor_solve(found.factor_times(probe)), probe, atol=1e-6)
+    places = torch.randperm(size, generator=seeded(seed))[: max(1, size // 2)]
+    part = found.part(places)
+    assert torch.allclose(part.dense(), dense[places][:, places], atol=1e-12)
+    assert torch.allclose(part.times(probe[places]), dense[places][:, places] @ probe[places], atol=1e-12)
+    if count == size:
+        assert torch.allclose(dense, moment + 1e-3 * moment.diagonal().mean() * torch.eye(size), atol=1e-6)
+
+
+def test_a_sketch_is_worth_most_of_the_moment_where_a_diagonal_is_not() -> None:
+    """Error in the whole metric of matrices cut in the metric of a sketch, of the diagonal, of the whole."""
+    generator, size = seeded(0), 96
+    mix = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    rows = torch.randn(400, size, generator=generator, dtype=torch.float64)
+    rows *= torch.arange(1, size + 1).double() ** -1.0
+    moment = mix.T @ rows.T @ rows @ mix / len(rows)
+    weight = torch.randn(24, size, generator=generator, dtype=torch.float64)
+    test = torch.randn(size, 24, generator=generator, dtype=torch.float64)
+    whole, outputs = Metric(size, moment, 1e-4), Metric(24)
+    metrics = (
+        whole,
+        nystrom.WideMetric(moment.diagonal(), moment @ test, test, 1e-4),
+        Metric(size, moment.diagonal(), 1e-4),
+    )
+    errors = []
+    for metric in metrics:
+        svd = weighted_svd(weight, metric, outputs)
+        errors.append(weighted_error(weight - svd.left[:, :6] @ svd.right[:6], whole, outputs))
+    best, sketched, flat = errors
+    assert best <= sketched < 1.25 * best
+    assert flat > 3 * best
+
+
+def test_a_wide_metric_refuses_what_it_cannot_use() -> None:
+    with pytest.raises(
+        ConfigError, match=r"a diagonal of 4, products \(4, 2\) and columns \(4, 3\): give 4 x k"
+    ):
+        nystrom.WideMetric(torch.ones(4), torch.ones(4, 2), torch.ones(4, 3))
+    with pytest.raises(NotFinite, match="products with a moment have NaN"):
+        nystrom.WideMetric(torch.ones(4), torch.full((4, 2), torch.nan), torch.ones(4, 2))
+    found, _ = wide(6, 6, 0, damp=0.0)
+    with pytest.raises(NotPositiveDefinite, match="diagonal part of a metric of size 6 .* raise `damp`"):
+        found.root_times(torch.eye(6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tokens", [3, 20, 400])
+def test_products_in_single_precision_are_enough_however_few_the_tokens(tokens: int) -> None:
+    rows = torch.randn(tokens, 60, generator=seeded(tokens)) * 0.8 ** torch.arange(60)
+    test = torch.randn(60, 30, generator=seeded(1))
+    found = nystrom.WideMetric(rows.square().sum(0), rows.T @ (rows @ test), test, 1e-3)
+    moment = (rows.double().T @ rows.double()).fill_diagonal_(0)
+    off = found.dense().fill_diagonal_(0)
+    assert float((off - moment).norm()) < 1e-2 * float(moment.norm())
+    assert float(torch.linalg.eigvalsh(found.dense()).min()) > 0
+
+
+def test_very_wide_layers_are_compressed_in_a_sketch(compress: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a down projection in the whole metric: by the sketch nearly that by the whole moment."""
+    name = "model.layers.0.mlp.down_proj"
+    dense = tiny.build("llama")
+    errors = []
+    for limit, columns in ((stats.WIDEST_FULL, 512), (40, 40), (40, 1)):
+        monkeypatch.setattr(stats, "WIDEST_FULL", limit)
+        monkeypatch.setattr(stats, "SKETCH", columns)
+        stats.sketch_columns.cache_clear()
+        options = {"method": "svd-llm", "include": "down_proj", "rank": 6, "dtype": "float32"}
+        model, _ = compress(copy.deepcopy(dense), **options)
+        errors.append(model.get_submodule(name).map().dense() - dense.get_submodule(name).weight)
+    monkeypatch.undo()
+    stats.sketch_columns.cache_clear()
+    with stats.collect(dense, [name], ["gram"]) as found, torch.no_grad():
+        dense(input_ids=torch.randint(2, tiny.VOCABULARY, (8, 64), generator=seeded(0)))
+    metric = Metric(48, found.moment("gram", name).mean())
+    whole, sketched, poor = (weighted_error(error.detach(), metric, Metric(32)) for error in errors)
+    assert abs(sketched - whole) < 0.2 * abs(poor - whole)

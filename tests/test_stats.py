@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from eckart import stats
 from eckart.errors import ConfigError, ModelError, NotFinite
+from eckart.methods import METHODS, input_metric
+from eckart.nystrom import WideMetric
 from eckart.stats import STATISTICS, Moment, Statistic, Stats, collect
 
 NAMES = ("query", "key", "out")
@@ -197,7 +199,16 @@ def test_a_wide_side_gets_its_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = traces(net)
     wide = found.moment("gram", "query").mean()
     assert wide.shape == (6,)
-    assert is_close(wide, by_hand("gram", expected["query"]).diagonal())
+    whole = by_hand("gram", expected["query"])
+    assert is_close(wide, whole.diagonal())
+    products = found.moment("sketch", "query").mean()
+    assert is_close(products, whole @ stats.sketch_columns(6).to(whole))
+    assert ("sketch", "out") not in found.moments
+    metric = input_metric(METHODS["svd-llm"], found, "query", 6, 0.0, 0.5)
+    assert isinstance(metric, WideMetric)
+    assert torch.allclose(
+        metric.dense(), whole, atol=1e-5 * float(whole.abs().max())
+    )  # as many columns as rows
     assert found.moment("gram", "out").mean().shape == (4, 4)
     monkeypatch.setattr(stats, "WIDEST_FULL", 2)
     with collect(net, ["out"], ["gradient"]) as found:

@@ -8,7 +8,8 @@ import torch
 from .errors import ConfigError
 from .factors import FORMS, Form
 from .linalg import Metric
-from .stats import Moment, Statistic, Stats
+from .nystrom import WideMetric
+from .stats import Moment, Statistic, Stats, sketch_columns
 from .width import Landmarks
 
 InputMetric = Literal["identity", "fisher", "absolute", "gram"]
@@ -111,12 +112,18 @@ def get(name: str) -> Method:
 
 
 def input_metric(method: Method, stats: Stats, name: str, size: int, damp: float, alpha: float) -> Metric:
-    """Return H for module `name` of input width `size`, damped by `damp` (relative)."""
+    """Return H for module `name` of input width `size`, damped by `damp` (relative).
+
+    Of a very wide input it is a sketch: low rank plus a diagonal.
+    """
     if method.inputs == "identity":
         return Metric(size)
     mean = stats.moment(method.inputs, name).mean()
     if method.inputs == "absolute":
         mean = mean.double().pow(2 * alpha)
+    if method.inputs == "gram" and ("sketch", stats.leader(name)) in stats.moments:
+        products = stats.moment("sketch", name).mean()
+        return WideMetric(mean, products, sketch_columns(size).to(products.device), damp)
     return Metric(size, mean, damp)
 
 

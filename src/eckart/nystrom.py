@@ -6,16 +6,18 @@ eckart.linalg.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .errors import ConfigError, NotPositiveDefinite, RankError
-from .linalg import check_matrix, ridge_leverage, to_float64
+from .errors import ConfigError, NotFinite, NotPositiveDefinite, RankError
+from .linalg import Metric, check_matrix, ridge_leverage, to_float64
 
 Landmarks = Literal["greedy", "leverage", "uniform"]
 _EPSILON = torch.finfo(torch.float64).eps
+_SHIFTS = (1, 10, 100, 1_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,14 +213,18 @@ def nystrom(matrix: Tensor, landmarks: Tensor) -> Nystrom:
     return from_products(work[:, places], test)
 
 
-def from_products(products: Tensor, test: Tensor) -> Nystrom:
+def from_products(products: Tensor, test: Tensor, precision: float = _EPSILON) -> Nystrom:
     """Approximate a symmetric positive semidefinite A (n, n) by `products` A T (n, k) with `test` T (n, k).
 
     A T (T^T A T)^+ T^T A: Nystrom for columns of the identity, randomised Nystrom for Gaussian ones, for
     which the expected error is within a small factor of the best of rank k - 2 (Tropp et al. 2017,
     theorem 4.1). The products may be summed over a stream. The pseudo-inverse is a Cholesky factorization
     with a shift of the size of rounding, taken off again (their algorithm 3; Frangella, Tropp & Udell
-    2023, algorithm 2.1).
+    2023, algorithm 2.1): the smallest of 1, 10, 100 and 1,000 times rounding that is enough.
+
+    Args:
+        products, test: as above.
+        precision: the relative error of the products; default: that of float64.
 
     Raises:
         ConfigError: the two do not fit.
@@ -229,20 +235,121 @@ def from_products(products: Tensor, test: Tensor) -> Nystrom:
     if work.shape != test.shape:
         raise ConfigError(f"products {tuple(work.shape)}, test matrix {tuple(test.shape)}: give A T and T")
     _count(work.shape[1], len(work))
-    test = test.to(work.device)
-    core = test.T @ work
-    # Large enough for every rounding error of the core, which is formed by sums over n.
-    shift = 10 * len(work) ** 0.5 * _EPSILON * float(work.norm())
-    shifted = work + shift * test
-    core = (core + core.T) / 2 + shift * (test.T @ test)
-    triangle, info = torch.linalg.cholesky_ex(core)
-    if int(info):
-        if float(work.norm()) == 0:
-            return Nystrom(torch.linalg.qr(test).Q, work.new_zeros(work.shape[1]))
+    test, size = test.to(work.device), float(work.norm())
+    if size == 0:
+        return Nystrom(torch.linalg.qr(test).Q, work.new_zeros(work.shape[1]))
+    core, gram = test.T @ work, test.T @ test
+    core = (core + core.T) / 2
+    for times in _SHIFTS:
+        shift = times * precision * size
+        triangle, info = torch.linalg.cholesky_ex(core + shift * gram)
+        if not int(info):
+            break
+    else:
         raise NotPositiveDefinite(
             f"the core of {len(core)} landmarks fails at pivot {int(info)}: the matrix is not positive "
             "semidefinite, or the columns of the test matrix depend on each other"
         )
-    half = torch.linalg.solve_triangular(triangle, shifted.T, upper=False).T
+    half = torch.linalg.solve_triangular(triangle, (work + shift * test).T, upper=False).T
     vectors, roots, _ = torch.linalg.svd(half, full_matrices=False)
     return Nystrom(vectors, (roots.square() - shift).clamp(min=0))
+
+
+class WideMetric(Metric):
+    """H = V diag(values) V^T + diag(rest), which has the diagonal of the moment that it stands for.
+
+    The low-rank part is the Nystrom approximation of the moment from `products`, its product with random
+    columns, and never above it (`from_products`). Everything costs O(n k) for k columns.
+    What looks at `moment` finds the diagonal.
+
+    Args:
+        diagonal: of the moment (n,).
+        products: the moment times `test` (n, k).
+        test: (n, k), the columns.
+        damp: >= 0, added to the diagonal in units of its mean.
+
+    Raises:
+        ConfigError: shapes do not fit, or damp is negative.
+        NotFinite: a product is NaN or infinite.
+        NotPositiveDefinite: the moment is not positive semidefinite.
+    """
+
+    def __init__(self, diagonal: Tensor, products: Tensor, test: Tensor, damp: float = 0.0) -> None:
+        size = len(diagonal)
+        if products.shape != test.shape or len(products) != size:
+            raise ConfigError(
+                f"a diagonal of {size}, products {tuple(products.shape)} and columns {tuple(test.shape)}: "
+                f"give {size} x k both times"
+            )
+        if not bool(torch.isfinite(products).all()):
+            raise NotFinite(
+                "products with a moment have NaN or infinite entries: look at the calibration data"
+            )
+        super().__init__(size, diagonal, damp)
+        assert self.moment is not None
+        precision = torch.finfo(products.dtype).eps
+        found = from_products(products.to(self.moment), test.to(self.moment), precision)
+        self.vectors, self.values = found.vectors, found.values
+        self.rest = (self.moment - found.diagonal()).clamp(min=0)
+
+    @classmethod
+    def _made(cls, vectors: Tensor, values: Tensor, rest: Tensor) -> "WideMetric":
+        made = cls.__new__(cls)
+        made.vectors, made.values, made.rest = vectors, values, rest
+        made.size, made.moment = len(rest), rest + vectors.square() @ values
+        return made
+
+    def dense(self) -> Tensor:
+        """Return the whole metric (size, size), float64."""
+        return (self.vectors * self.values) @ self.vectors.T + torch.diag(self.rest)
+
+    def part(self, places: Tensor) -> "WideMetric":
+        """Return the metric of the entries at `places` alone."""
+        return self._made(self.vectors[places], self.values, self.rest[places])
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """Return `H @ matrix` for `matrix` (size, k)."""
+        low_rank = self.vectors @ (self.values[:, None] * (self.vectors.T @ matrix))
+        return low_rank + self.rest[:, None] * matrix
+
+    @cached_property
+    def _inner(self) -> tuple[Tensor, Tensor]:
+        """Return U (n, k) and m (k,) with H = D^1/2 (I + U diag(m) U^T) D^1/2, D the diagonal part."""
+        assert self.moment is not None
+        least, most = float(self.rest.min()), float(self.moment.max())
+        if least <= most * self.size * torch.finfo(torch.float64).eps:
+            raise NotPositiveDefinite(
+                f"the diagonal part of a metric of size {self.size} has smallest entry {least:.3g}, the "
+                f"whole largest {most:.3g}, and must be inverted: raise `damp`"
+            )
+        half = self.vectors * self.values.sqrt() / self.rest.sqrt()[:, None]
+        basis, roots, _ = torch.linalg.svd(half, full_matrices=False)
+        return basis, roots.square()
+
+    def factor_times(self, matrix: Tensor) -> Tensor:
+        """Return `R @ matrix`, as `root_times`."""
+        return self.root_times(matrix)
+
+    def factor_solve(self, matrix: Tensor) -> Tensor:
+        """Return `R^-1 @ matrix`, as `inverse_root_times`."""
+        return self.inverse_root_times(matrix)
+
+    def root_times(self, matrix: Tensor) -> Tensor:
+        """Return `R @ matrix` for `matrix` (size, k), with R^T R = H: a square root, but no symmetric one.
+
+        Raises:
+            NotPositiveDefinite: the diagonal part has a zero, to rounding.
+        """
+        basis, terms = self._inner
+        scaled = self.rest.sqrt()[:, None] * matrix
+        return scaled + basis @ (((1 + terms).sqrt() - 1)[:, None] * (basis.T @ scaled))
+
+    def inverse_root_times(self, matrix: Tensor) -> Tensor:
+        """Return `R^-1 @ matrix` for `matrix` (size, k), with the R of `root_times`.
+
+        Raises:
+            NotPositiveDefinite: the diagonal part has a zero, to rounding.
+        """
+        basis, terms = self._inner
+        mixed = matrix + basis @ (((1 + terms).rsqrt() - 1)[:, None] * (basis.T @ matrix))
+        return mixed / self.rest.sqrt()[:, None]

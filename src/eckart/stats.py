@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -15,17 +16,19 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, ModelError, NotFinite
 
-Statistic = Literal["gram", "absolute", "gradient", "fisher"]
+Statistic = Literal["gram", "absolute", "gradient", "fisher", "sketch"]
 STATISTICS: dict[Statistic, str] = {
     "gram": "E[x x^T] of the input (n, n)",
     "absolute": "E[|x|] of the input (n,)",
     "gradient": "E[g g^T] of the gradient at the output (m, m)",
     "fisher": "sum over outputs of E[(dL/dW)^2], one number per input column (n,), per window",
 }
-_OF_INPUT: tuple[Statistic, ...] = ("gram", "absolute")
+_OF_INPUT: tuple[Statistic, ...] = ("gram", "absolute", "sketch")
 _RECENT_INPUTS = 4
 WIDEST_FULL = 16_384
-"""A side wider than this (a vocabulary) gets the diagonal of its second moment only."""
+"""A side wider than this (a vocabulary) gets the diagonal of its second moment; of inputs a sketch, too."""
+SKETCH = 512
+"""Columns of a sketch: the second moment times always the same random matrix (eckart.nystrom.WideMetric)."""
 
 
 @dataclass(slots=True)
@@ -154,6 +157,15 @@ def _second_moment(rows: Tensor) -> Tensor:
     return rows.T @ rows if rows.shape[1] <= WIDEST_FULL else rows.square().sum(0)
 
 
+@lru_cache(maxsize=2)
+def sketch_columns(size: int) -> Tensor:
+    """Return the columns (size, k) that a second moment of a wide input is multiplied by, float32.
+
+    Gaussian, and the same for every input of this size.
+    """
+    return torch.randn(size, min(SKETCH, size), generator=torch.Generator().manual_seed(size))
+
+
 def _weight_gradient(rows: Tensor, inputs: Tensor, width: int) -> Tensor:
     """Return the gradient (m, n) of the weight, from those of the outputs and from the inputs, row by row."""
     if inputs.is_floating_point():
@@ -218,6 +230,9 @@ class _Collector:
         rows = _chosen(rows, self.real(name, len(rows), places))
         if "gram" in self.wanted:
             self.add("gram", name, _second_moment(rows), len(rows))
+            if rows.shape[1] > WIDEST_FULL:
+                products = rows.T @ (rows @ sketch_columns(rows.shape[1]).to(rows.device))
+                self.add("sketch", name, products, len(rows))
         if "absolute" in self.wanted:
             self.add("absolute", name, rows.abs().sum(0), len(rows))
 

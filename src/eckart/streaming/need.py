@@ -10,7 +10,7 @@ from ..errors import ConfigError, StoreError
 from ..hub import MB
 from ..memory import resident
 from ..models import Target
-from ..stats import WIDEST_FULL
+from ..stats import SKETCH, WIDEST_FULL
 from .job import Job
 
 _DOUBLE, _SINGLE = 8, 4
@@ -85,6 +85,10 @@ def _square(side: int) -> int:
     return side * side if side <= WIDEST_FULL else side
 
 
+def _sketch(side: int) -> int:
+    return side * SKETCH if side > WIDEST_FULL else 0
+
+
 def _moments(job: Job, targets: Iterable[Target]) -> int:
     """Return the bytes of the moments of `targets`, of inputs and of outputs."""
     wanted = job.recipe.statistics()
@@ -96,7 +100,7 @@ def _moments(job: Job, targets: Iterable[Target]) -> int:
             widths.add((target.name.rpartition(".")[0], inputs))
         if "gradient" in wanted:
             total += _square(outputs)
-    return _SINGLE * (total + sum(_square(width) for _, width in widths))
+    return _SINGLE * (total + sum(_square(width) + _sketch(width) for _, width in widths))
 
 
 def _window(job: Job) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -184,3 +185,16 @@ def test_the_commands(llama_folder: Path, text_file: Path, tmp_path: Path) -> No
     assert wrong.exit_code == 2
     assert "a group has two blocks at least" in wrong.output
     assert not (tmp_path / "x").exists()
+
+
+def test_what_tying_saves_is_vocabulary_times_width() -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=50_000, hidden_size=4_096, intermediate_size=64, num_hidden_layers=1, num_attention_heads=32,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    _, found = eckart.untie(model)
+    assert found.parameters[1] - found.parameters[0] == 204_800_000
+    assert found.saved == -4 * 204_800_000
+    assert "50,000 x 4,096 = 204,800,000 parameters, 819.2 MB in float32" in str(found)

@@ -45,7 +45,7 @@ def fill(model: nn.Module, found: Sequence[Target], stats: Stats) -> list[str]:
     for layer in _layers(model, found):
         least: dict[int, int] = {}
         need = 0
-        kinds: list[Statistic] = list(dict.fromkeys(kind for kind, _ in stats.moments))
+        kinds: list[Statistic] = list(dict.fromkeys(kind for kind, _ in stats.moments if kind != "sketch"))
         for kind in kinds:
             for matrix in layer.matrices:
                 size, short = _filled(layer, kind, matrix, stats)

@@ -24,7 +24,7 @@ from . import tiny, wards
 from .conftest import logits
 from .wards import LENGTH
 
-NAMES = list(tiny.ARCHITECTURES)
+NAMES = list(tiny.LINEAR)
 adapters = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 

@@ -28,7 +28,7 @@ def _shared(model: Any) -> dict[str, tuple[FactoredLinear, FactoredLinear]]:
     return found
 
 
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny.LINEAR)
 def test_a_basis_is_stored_once_loaded_once_and_comes_back(
     name: str, compress: Compress, tmp_path: Path
 ) -> None:

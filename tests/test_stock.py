@@ -25,7 +25,7 @@ from .conftest import Compress, logits, reload
 from .test_dimensions import Setup, cost
 from .test_linalg import FAST, SEEDS
 
-NAMES = list(tiny.ARCHITECTURES)
+NAMES = list(tiny.LINEAR)
 FINE = Recipe(keep=0.75, of="linears", multiple=4, text=("unused",))
 
 PLAIN = """

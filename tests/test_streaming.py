@@ -123,11 +123,20 @@ class _Killed(BaseException):
     """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("options", [{}, {"storage": "int4"}], ids=["float", "few bits"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {}), ("llama", {"storage": "int4"}), ("mixtral", {"form": "pivoted"})],
+    ids=["float", "few bits", "experts"],
+)
 def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
-    options: dict[str, Any], source: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    options: dict[str, Any],
+    source: Any,
+    recipe: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = recipe(source(), eval_tokens=128, tokens=256, gradient_tokens=128, **options)
+    given = recipe(source(name), eval_tokens=128, tokens=256, gradient_tokens=128, **options)
     compress_to(given, tmp_path / "whole", memory="8GB")
     place = {"at": 0, "wanted": 0}
     replace = Path.replace

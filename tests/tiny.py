@@ -65,6 +65,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+LINEAR = (
+    "llama", "llama-bias-untied", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi", "phi3", "stablelm",
+    "olmo2", "gpt-neox", "opt",
+)  # fmt: skip
+"""Those whose matrices are nn.Linear as they come."""
 FUSED = ("phi3", "gpt-neox", "gpt2", "bloom", "falcon", "falcon-multi-query", "falcon-new-decoder", "mixtral")
 
 

@@ -20,8 +20,8 @@ from .quant.stored import StoredLinear
 from .shared import SharedLinear, sources
 
 NAME = "eckart"
-FORMAT = 4
-READS = (1, 2, 3, 4)
+FORMAT = 5
+READS = (1, 2, 3, 4, 5)
 KINDS = (*FORMS, CorrectedLinear.kind, FactoredEmbedding.kind, FactoredHead.kind)
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 

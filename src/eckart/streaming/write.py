@@ -198,6 +198,7 @@ def _store(job: Job, step: str, names: Sequence[str], dtype: torch.dtype) -> Non
             {
                 "modules": {n: spec for n, spec in said.modules.items() if _holds(n, owners)},
                 "storage": {n: spec for n, spec in said.storage.items() if _holds(n, owners)},
+                "unfolded": {n: spec for n, spec in said.unfolded.items() if _holds(n, owners)},
             },
         )
 
@@ -209,7 +210,7 @@ def _holds(name: str, owners: set[str]) -> bool:
 def _restore(job: Job, step: str) -> None:
     """Put the modules of a finished step into the model, on the meta device."""
     said = job.work.read_json(f"{DECLARED}/{step}")
-    skeleton.build_skeleton(job.stream.model, EckartConfig(said["modules"], said["storage"]))
+    skeleton.build_skeleton(job.stream.model, EckartConfig(**said))
 
 
 def _reload(job: Job, step: str) -> None:

@@ -189,8 +189,8 @@ def test_the_commands(llama_folder: Path, text_file: Path, tmp_path: Path) -> No
 
 def test_what_tying_saves_is_vocabulary_times_width() -> None:
     config = transformers.LlamaConfig(
-        vocab_size=50_000, hidden_size=4_096, intermediate_size=64, num_hidden_layers=1, num_attention_heads=32,
-        tie_word_embeddings=True,
+        vocab_size=50_000, hidden_size=4_096, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=32, tie_word_embeddings=True,
     )  # fmt: skip
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

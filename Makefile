@@ -23,9 +23,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# One thread: the models are tiny, and threads that wait for each other take longer.
+# A process for each core, of one thread: the models are tiny, and threads that wait for each other take longer.
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -W error
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -W error -n auto
 
 # The wheel and the sdist, and the wheel tried in a clean environment.
 package: install

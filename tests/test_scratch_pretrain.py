@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 import eckart
 from eckart import hub, models
+from eckart.adapt import tune
 from eckart.adapt.session import work_folder
 from eckart.adapt.trainer import TuneTrainer
 from eckart.cli import app
@@ -276,3 +278,38 @@ def test_galore_is_transformers_own(
         tuning.settings(path, optimizer="galore_adamw")
     with pytest.raises(ConfigError, match=r"optimizer_args 'rank=4': they are for the GaLore"):
         tuning.settings(path, method="full", optimizer_args="rank=4")
+
+
+@pytest.mark.filterwarnings("ignore:This implementation of AdamW:FutureWarning")
+def test_galore_projects_the_blocks_and_goes_on_to_the_same_bits(
+    llama: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    pytest.importorskip("galore_torch")
+    chosen = tuning.settings(
+        tuning.data(tmp_path), method="full", optimizer="galore_adamw", optimizer_args="rank=4", rate=1e-2
+    )
+    groups: list[Any] = []
+
+    class Seen(TrainerCallback):  # type: ignore[misc]
+        def on_train_end(self, *args: Any, optimizer: Any = None, **kwargs: Any) -> None:
+            groups[:] = [
+                (group.get("rank"), [optimizer.state[one]["exp_avg"].shape for one in group["params"]])
+                for group in optimizer.param_groups
+            ]
+
+    loaded = [tuning.loaded(llama, tokenizer) for _ in range(2)]
+    whole, done = tune.tune(loaded[0], chosen, work=tmp_path / "whole", callbacks=[Seen()])
+    assert [rank for rank, _ in groups] == [None, 4]
+    assert len(groups[1][1]) == 14
+    assert all(min(shape) == 4 for shape in groups[1][1])
+    assert done.end.loss < done.prospect.start.loss
+
+    def stop(stage: str, at: int, of: int) -> None:
+        if (stage, at) == ("train", 5):
+            raise Cut
+
+    with pytest.raises(Cut):
+        tuning.run(llama, tokenizer, chosen, tmp_path / "cut", watch=stop)
+    again, _ = tune.tune(loaded[1], chosen, work=tmp_path / "cut")
+    expected = tuning.trained(whole.model)
+    assert all(torch.equal(value, expected[name]) for name, value in tuning.trained(again.model).items())

@@ -1,10 +1,11 @@
 """Trainer of transformers with exact held-out loss, checkpoints of what is trained, and a stop at NaN."""
 
+import contextlib
 import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -241,6 +242,18 @@ def _optimizer(tuning: Tuning) -> str:
     if importlib.util.find_spec("galore_torch") is None:
         raise ConfigError(f"optimizer {tuning.optimizer!r} needs GaLore: pip install galore-torch")
     return tuning.optimizer
+
+
+@contextlib.contextmanager
+def readable(tuning: Tuning) -> Iterator[None]:
+    """Let states of the optimizer be read again: GaLore keeps objects of its own class among them."""
+    if tuning.optimizer == "adamw":
+        yield
+        return
+    from galore_torch.galore_projector import GaLoreProjector
+
+    with torch.serialization.safe_globals([GaLoreProjector]):
+        yield
 
 
 def checkpoint(work: Path) -> Path | None:

@@ -239,7 +239,8 @@ class _Run:
         """Train; return why it was stopped, if a loss was no number."""
         resumed = self._resumed()
         try:
-            made.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            with trainer.readable(self.tuning):
+                made.train(resume_from_checkpoint=str(resumed) if resumed else None)
         except NotFinite as error:
             last = made.state.best_global_step
             kept = self.work / f"checkpoint-{last}"

@@ -167,8 +167,9 @@ class Metric:
             )
         if moment.ndim == 1:
             return moment + damp * moment.mean()
-        moment = (moment + moment.T) / 2
-        return moment + damp * moment.diagonal().mean() * torch.eye(self.size).to(moment)
+        symmetric = (moment + moment.T).div_(2)
+        symmetric.diagonal().add_(damp * symmetric.diagonal().mean())
+        return symmetric
 
     def dense(self) -> Tensor:
         """Return the whole metric (size, size), float64."""
@@ -219,6 +220,31 @@ class Metric:
                 f"or calibrate on more than {self.size} tokens"
             )
         return self._power(-0.5)
+
+    @cached_property
+    def _triangle(self) -> Tensor | None:
+        """Return lower L, L L^T = M; None unless the metric is full and clearly positive definite."""
+        if self.moment is None or self.moment.ndim == 1:
+            return None
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(self.moment)
+        floor = float(self.moment.diagonal().max()) * self.size * torch.finfo(torch.float64).eps
+        return None if int(info) or float(factor.diagonal().min()) ** 2 <= floor else factor
+
+    def factor_times(self, matrix: Tensor) -> Tensor:
+        """Return `R @ matrix` (size, k), R^T R = M: R is a Cholesky factor or, near singularity, a root."""
+        return self.root_times(matrix) if self._triangle is None else self._triangle.T @ matrix
+
+    def factor_solve(self, matrix: Tensor) -> Tensor:
+        """Return `R^-1 @ matrix` for `matrix` (size, k), with the R of `factor_times`.
+
+        Raises:
+            NotPositiveDefinite: the metric is singular to rounding.
+        """
+        if self._triangle is None:
+            return self.inverse_root_times(matrix)
+        solved: Tensor = torch.linalg.solve_triangular(self._triangle.T, matrix, upper=True)
+        return solved
 
     def root_times(self, matrix: Tensor) -> Tensor:
         """Return `M^(1/2) @ matrix` for `matrix` (size, k)."""
@@ -277,10 +303,10 @@ class WeightedSVD:
 def weighted_svd(weight: Tensor, inputs: Metric, outputs: Metric) -> WeightedSVD:
     """Decompose `weight` (m, n) so that every truncation minimises tr(C D H D^T), D = W - W'.
 
-    H (n, n) is `inputs`, C (m, m) is `outputs`. The optimum is the SVD of C^1/2 W H^1/2
-    (generalised Eckart-Young); only the root of the smaller side is formed, and the larger side
-    enters through the Gram matrix of that size, so for the identity C this is also the route of
-    Swift-SVD (eig(W H W^T)). float64 throughout, returned in float64.
+    H (n, n) is `inputs`, C (m, m) is `outputs`. The optimum is the SVD of C^1/2 W H^1/2 (generalised
+    Eckart-Young), and any R with R^T R = C serves for C^1/2: R^-1 U is the same. Only that of the smaller
+    side is formed; the larger enters through the Gram matrix of that size, so for the identity C this is
+    also the route of Swift-SVD (eig(W H W^T)). float64 throughout, returned in float64.
 
     Small singular values carry an absolute error of about 1e-8 of the largest one, since the Gram
     matrix squares the condition number.
@@ -299,10 +325,10 @@ def weighted_svd(weight: Tensor, inputs: Metric, outputs: Metric) -> WeightedSVD
     if work.shape[0] > work.shape[1]:
         flipped = weighted_svd(work.T, outputs, inputs)
         return WeightedSVD(flipped.right.T, flipped.left.T, flipped.spectrum)
-    rooted = outputs.root_times(work)
+    rooted = outputs.factor_times(work)
     values, vectors = torch.linalg.eigh(rooted @ inputs.times(rooted.T))
     vectors = vectors.flip(1)
-    left = outputs.inverse_root_times(vectors)
+    left = outputs.factor_solve(vectors)
     return WeightedSVD(left, vectors.T @ rooted, values.flip(0).clamp(min=0).sqrt())
 
 

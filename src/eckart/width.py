@@ -91,20 +91,20 @@ def narrow(weight: Tensor, inputs: Metric, outputs: Metric, order: Tensor) -> Na
         raise ConfigError(f"an order of {count} units for {inputs.size} channels: give a permutation of them")
     order = order.to(work.device)
     channels = torch.arange(inputs.size, device=work.device).view(count, -1)[order].flatten()
-    factor, info = torch.linalg.cholesky_ex(inputs.dense().to(work)[channels][:, channels])
+    factor, info = torch.linalg.cholesky_ex(inputs.dense().to(work)[channels[:, None], channels])
     if int(info):
         raise NotPositiveDefinite(
             f"the second moment of {inputs.size} channels fails at pivot {int(info)}: raise `damp`, or "
             f"calibrate on more than {inputs.size} tokens"
         )
     reading = work[:, channels] @ factor
-    losses = outputs.root_times(reading).square().sum(0).view(count, -1).sum(1)
+    losses = outputs.factor_times(reading).square().sum(0).view(count, -1).sum(1)
     return Narrowing(order, reading, factor, losses)
 
 
 def by_energy(weight: Tensor, inputs: Metric, outputs: Metric, units: int) -> Tensor:
     """Return the units (u,) by the energy that each carries alone: sum of w_j^T C w_j H_jj, descending."""
-    carried = outputs.root_times(to_float64(weight)).square().sum(0)
+    carried = outputs.factor_times(to_float64(weight)).square().sum(0)
     energy = carried * inputs.dense().diagonal().to(carried)
     return energy.view(units, -1).sum(1).argsort(descending=True)
 
@@ -129,10 +129,8 @@ def by_curvature(weight: Tensor, inputs: Metric, outputs: Metric, units: int) ->
     Raises:
         NotPositiveDefinite: the metric is singular to rounding.
     """
-    rooted = outputs.root_times(to_float64(weight))
-    inverse, info = torch.linalg.inv_ex(inputs.dense().to(rooted))
-    if int(info):
-        raise NotPositiveDefinite(f"the second moment of {inputs.size} channels is singular: raise `damp`")
+    rooted = outputs.factor_times(to_float64(weight))
+    inverse = _inverse(inputs.dense().to(rooted))
     block = inputs.size // units
     left = torch.arange(units, device=rooted.device)
     gone: list[Tensor] = []
@@ -140,12 +138,20 @@ def by_curvature(weight: Tensor, inputs: Metric, outputs: Metric, units: int) ->
         ranking = _elimination_costs(rooted, inverse, block).argsort()
         count = max(1, len(left) // _BATCHES)
         drop, stay = (_channels(part, block) for part in (ranking[:count], ranking[count:]))
-        mixing = torch.linalg.solve(inverse[drop][:, drop], inverse[drop][:, stay])
-        rooted = rooted[:, stay] - rooted[:, drop] @ mixing
-        inverse = inverse[stay][:, stay] - inverse[stay][:, drop] @ mixing
+        mixing = torch.linalg.solve(inverse[drop[:, None], drop], inverse[drop[:, None], stay])
+        rooted = rooted[:, stay].addmm_(rooted[:, drop], mixing, alpha=-1)
+        crossed = inverse[stay[:, None], drop]
+        inverse = inverse[stay[:, None], stay].addmm_(crossed, mixing, alpha=-1)
         gone.append(left[ranking[:count]])
         left = left[ranking[count:]]
     return torch.cat([*gone, left]).flip(0)
+
+
+def _inverse(moment: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(moment)
+    if int(info):
+        raise NotPositiveDefinite(f"the second moment of {len(moment)} channels is singular: raise `damp`")
+    return torch.cholesky_inverse(factor)
 
 
 def _channels(units: Tensor, block: int) -> Tensor:

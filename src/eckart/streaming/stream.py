@@ -60,6 +60,7 @@ class Stream:
     model: Any
     shards: Shards
     place: torch.device
+    dtype: torch.dtype = field(init=False)
     names: list[str] = field(init=False)
     table: str = field(init=False)
     head: str | None = field(init=False)
@@ -68,6 +69,8 @@ class Stream:
     _calls: dict[int, list[Call]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        # The model's own is that of its first parameter, which changes as parts are written.
+        self.dtype = self.model.dtype
         self.names = models.block_names(self.model)
         names: dict[Any, str] = {module: name for name, module in self.model.named_modules()}
         table, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()

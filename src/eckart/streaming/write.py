@@ -36,7 +36,7 @@ def trial_losses(
         with stream.block(index):
             for track, choices in zip(tracks, candidates, strict=True):
                 own = of_step(job, selection.cheapened(choices), index)
-                made = assemble.build_modules(stream.model, own, found, stream.model.dtype, _silent)
+                made = assemble.build_modules(stream.model, own, found, stream.dtype, _silent)
                 with dimensions.swapped(stream.model, made):
                     track.advance(index, stream)
         watch(index + 1, job.count)
@@ -88,7 +88,7 @@ def write(
                 _put(job, found, own, dtype, lambda index=index: decompose.in_block(job, index)[0])  # type: ignore[misc]
                 kinds.fold(block)
                 _store(job, str(index), stream.inside(index), dtype)
-                models.cast(block, stream.model.dtype)
+                models.cast(block, stream.dtype)
                 for track in tracks:
                     if track.place(count) == index:
                         track.advance(index, stream)
@@ -136,7 +136,7 @@ def _write_entrance(
         own = [c for c in of_step(job, choices, None) if c.target.name != stream.head]
         _put(job, found, own, dtype, lambda: decompose.at_ends(job))
         _store(job, ENTRANCE, _outside(job, tail=False), dtype)
-        models.cast(stream.model, stream.model.dtype)
+        models.cast(stream.model, stream.dtype)
         for track in tracks:
             if track.place(job.count) == -1:
                 track.enter(stream)
@@ -151,7 +151,7 @@ def _write_exit(
         own = [c for c in of_step(job, choices, None) if c.target.name == head]
         _put(job, found, own, dtype, lambda: decompose.at_ends(job))
         _store(job, EXIT, _outside(job, tail=True), dtype)
-        models.cast(stream.model, stream.model.dtype)
+        models.cast(stream.model, stream.dtype)
         mine = {track.name: losses(stream, track) for track in tracks}
     everywhere = job.team.gathered(mine)
     return {name: decompose.in_order([own[name] for own in everywhere]) for name in mine}
@@ -222,4 +222,4 @@ def _reload(job: Job, step: str) -> None:
         job.stream.settle()
         for module in job.stream.model.modules():
             if isinstance(module, StoredEmbedding):
-                module.rows_in(job.stream.model.dtype)
+                module.rows_in(job.stream.dtype)

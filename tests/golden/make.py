@@ -37,8 +37,9 @@ def main() -> None:
         for place, name in enumerate(experts[:4])
     }
     queries = [name for name in names if name.endswith("q_proj")]
-    base = torch.nn.Linear(*reversed(models.find(model, queries[0]).weight.shape), bias=False)
-    base.weight = models.find(model, queries[0]).weight
+    first = models.find(model, queries[0])
+    base = torch.nn.Linear(first.in_features, first.out_features, bias=False)
+    base.weight = first.weight
     for rank, name in zip((0, 3), queries, strict=True):
         made[name] = SharedLinear(base, rank, scaled=rank > 0)
     assemble.put(model, made)

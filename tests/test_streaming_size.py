@@ -8,6 +8,7 @@ import torch
 
 import eckart
 from eckart.linalg import Metric, weighted_svd
+from eckart.measure import Perplexity
 from eckart.recipe import Recipe
 from eckart.streaming.execute import compress_to
 
@@ -30,10 +31,10 @@ def test_what_is_stored_in_few_bits_is_computed_and_written_as_in_memory(
     found = compress_to(recipe, tmp_path / "out", memory="8GB")
     model, result = eckart.compress(str(folder), text=text_file, **options)
     assert found.dtype == result.dtype == "bfloat16"
-    ours, theirs = ([own.dense, own.compressed] for own in (found, result))
-    assert [own.perplexity for own in ours if own] == pytest.approx(
-        [own.perplexity for own in theirs if own], rel=1e-3
-    )
+    for ours, theirs in ((found.dense, result.dense), (found.compressed, result.compressed)):
+        assert isinstance(ours, Perplexity)
+        assert isinstance(theirs, Perplexity)
+        assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-3)
     tokens = torch.arange(48)[None] * 5 % 200
     written, wanted = logits(reload(tmp_path / "out").float(), tokens), logits(model.float(), tokens)
     dense = logits(tiny.build(name), tokens)

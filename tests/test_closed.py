@@ -19,7 +19,7 @@ from eckart.lessons import Lessons
 from . import tiny, wards
 from .conftest import Compress, logits
 
-NAMES = list(tiny.ARCHITECTURES)
+NAMES = list(tiny.LINEAR)
 PLAIN = Metrics({})
 
 

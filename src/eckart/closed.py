@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from . import calibrate, models
+from . import calibrate, mixtures, models
 from .chain import Chain, chain, matching
 from .errors import NotPositiveDefinite
 from .factors import FactoredLinear, LowRank, PartialLinear, PivotedLinear, build
@@ -49,14 +49,20 @@ class Metrics:
 
 
 def linears(model: nn.Module, block: str) -> dict[str, nn.Module]:
-    """Return the linear maps of a block by name: every nn.Linear that is whole, and what was made smaller."""
-    smaller = models.low_rank_modules(model)
+    """Return the linear maps of a block by name: every nn.Linear that is whole, and what was made smaller.
+
+    Not those of experts: the dense model may send other tokens to an expert than the compressed one does, and
+    then there are no pairs of inputs to fit to.
+    """
+    smaller, routed = models.low_rank_modules(model), mixtures.expert_lists(model, [block])
     inside = {
         name: module
         for name, module in model.named_modules()
         if models.owner(name, [block]) and (name in smaller or isinstance(module, nn.Linear))
     }
-    return {name: module for name, module in inside.items() if models.owner(name, smaller) is None}
+    return {
+        name: module for name, module in inside.items() if models.owner(name, (*smaller, *routed)) is None
+    }
 
 
 def stages(chain: Chain, index: int, hidden: Tensor, names: Sequence[str]) -> list[list[str]]:

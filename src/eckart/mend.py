@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hub, lessons, measure, memory, models, refine, stores, teacher, text
+from . import hub, kinds, lessons, measure, memory, models, refine, splitting, stores, teacher, text
 from .errors import ConfigError, ModelError
 from .healing import Healing, Refined
 from .lessons import SELF, Lessons
@@ -71,10 +71,16 @@ def run(
     if ward.work is not None:
         rows = [tensor.tolist() for tensor in (found.rows, found.held_out)]
         key = refine.key_of(asdict(healing), teacher.digest(dense), hash_of(rows), *started)
-    with straight.through(student, healing.seed):
-        return refine.heal(
-            student, dense, found, healing, work=ward.work, key=key, cache=ward.cache, watch=watch
-        )
+    kinds.unfold(student)
+    splitting.alike(dense, student)
+    try:
+        with straight.through(student, healing.seed):
+            return refine.heal(
+                student, dense, found, healing, work=ward.work, key=key, cache=ward.cache, watch=watch
+            )
+    finally:
+        kinds.fold(student)
+        kinds.fold(dense)
 
 
 def _check(student: Any, dense: Any, tokenizer: Any, healing: Healing) -> None:

@@ -2,14 +2,28 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from . import assemble, correcting, hub, losses, memory, models, plugin, reading, running, storing
-from .accounting import sizes
+from . import (
+    assemble,
+    correcting,
+    hub,
+    kinds,
+    losses,
+    memory,
+    mixtures,
+    models,
+    plugin,
+    reading,
+    routing,
+    running,
+    storing,
+)
+from .accounting import sizes, written_bytes
 from .calibrate import Calibrated
 from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import ConfigError, ModelError
@@ -46,10 +60,12 @@ def holdings(model: nn.Module, recipe: Recipe) -> list[Held]:
             "the model is stored in few bits already: eckart.densify it first, or take its source"
         )
     blocks = models.all_blocks(model)
+    routers = mixtures.routers(model, blocks)
     found: list[Held] = []
     for name, module in model.named_modules():
         inside = any(models.owner(name, [held.target.name]) for held in found[-1:])
-        treated = isinstance(module, LowRankModule) or type(module) is nn.Linear
+        plain = type(module) is nn.Linear and name not in routers
+        treated = plain or isinstance(module, LowRankModule)
         if models.owner(name, blocks) and treated and not inside:
             assert not isinstance(module, FactoredEmbedding | FactoredHead)
             rank = getattr(module, "rank", min(module.out_features, module.in_features))
@@ -92,8 +108,23 @@ def quantise(
         ModelError: as `holdings`.
         NotFinite: a weight, a statistic or a logit is NaN or infinite.
     """
-    show: Watch = watch or (lambda stage, done, total: None)
     check(recipe)
+    model, dtype = loaded.model, hub.dtype(recipe.dtype) if recipe.dtype else loaded.stored
+    written = written_bytes(model, dtype)
+    kinds.unfold(model)
+    try:
+        _, found = _quantised(recipe, loaded, watch or (lambda stage, done, total: None), material)
+    finally:
+        plugin.mark(kinds.fold(model))
+    # Files hold the stock modules.
+    before = replace(found.before, bytes=written)
+    return model, replace(found, before=before, after=replace(found.after, bytes=written_bytes(model, dtype)))
+
+
+def _quantised(
+    recipe: Recipe, loaded: hub.Loaded, show: Watch, material: Windows | None
+) -> tuple[Any, Result]:
+    """Store a model whose matrices are all nn.Linear, or low-rank."""
     model, warnings, clock = loaded.model, list[str](), time.perf_counter()
     found = holdings(model, recipe)
     targets = [held.target for held in found]
@@ -110,6 +141,7 @@ def quantise(
     calibrated = statistics_of(
         recipe, model, names, texts.calibration, lambda done, total: show("calibrate", done, total)
     )
+    warnings.extend(routing.fill(model, targets, calibrated.stats))
     _store(recipe, model, found, calibrated, lambda done, total: show("round", done, total))
     plugin.mark(model)
     computed = losses.dtype_of(model)

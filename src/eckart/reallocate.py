@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import calibrate, models, ranks
+from . import calibrate, models, ranks, routing
 from .factors import FactoredLinear, LowRank, PivotedLinear, build, parameters
 from .linalg import Metric, WeightedSVD, weighted_svd
+from .models import Target
 from .ranks import Curve
 
 LowRankLinear = FactoredLinear | PivotedLinear
@@ -28,10 +29,13 @@ def movable(student: nn.Module) -> dict[str, LowRankLinear]:
     }
 
 
-def _curve(module: LowRankLinear, svd: WeightedSVD) -> Curve[int]:
-    """Return the ranks that the module may have, without the option to become dense."""
+def _curve(module: LowRankLinear, svd: WeightedSVD, share: float) -> Curve[int]:
+    """Return the ranks that the module may have, without the option to become dense.
+
+    `share` is that of the tokens that it sees: all but for an expert.
+    """
     shape = (module.out_features, module.in_features)
-    found = ranks.curve(module.kind, shape, 0.5 * svd.tail())
+    found = ranks.curve(module.kind, shape, 0.5 * share * svd.tail())
     if module.kind == "pivoted":  # its full rank costs what the dense matrix does
         return found
     return Curve(found.options[:-1], found.costs[:-1], found.losses[:-1])
@@ -65,6 +69,8 @@ def reallocated(
         student, windows.to(student.device), list(modules), ("gram", "gradient"),
         gradient_windows=len(windows), generator=torch.Generator(), watch=watch,
     )  # fmt: skip
+    own = [Target(name, (module.out_features, module.in_features)) for name, module in modules.items()]
+    routing.fill(student, own, found.stats)
     svds: dict[str, WeightedSVD] = {}
     for name in modules:
         weight = models.find(dense, name).weight
@@ -72,7 +78,11 @@ def reallocated(
         svds[name] = weighted_svd(
             weight, Metric(weight.shape[1], inputs, damp), Metric(weight.shape[0], outputs, damp)
         )
-    chosen = _chosen({name: _curve(module, svds[name]) for name, module in modules.items()}, modules)
+    curves = {
+        name: _curve(module, svds[name], found.stats.moment("gradient", name).count / found.gradient_tokens)
+        for name, module in modules.items()
+    }
+    chosen = _chosen(curves, modules)
     return {
         name: _built(module, svds[name], chosen[name])
         for name, module in modules.items()

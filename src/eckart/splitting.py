@@ -36,6 +36,16 @@ def unfold(model: Any, fused: bool, run: Probe | None = None) -> list[str]:
     ]
 
 
+def alike(model: Any, other: nn.Module) -> None:
+    """Unfold `model`, in place, and split its fused projections as those of `other` are split."""
+    kinds.unfold(model)
+    for name, part in other.named_modules():
+        if isinstance(part, SplitLinear):
+            whole = model.get_submodule(name)
+            if type(whole) is nn.Linear:
+                models.replace(model, name, SplitLinear.of(whole, part.layout))
+
+
 def split(model: Any, run: Probe | None = None) -> list[str]:
     """Split the fused projections in the blocks of `model`, in place; return the names of those that stay.
 

@@ -22,7 +22,7 @@ from . import tiny
 from .conftest import Compress, logits
 from .test_linalg import FAST, SEEDS, gaussian, seeded
 
-NAMES = list(tiny.ARCHITECTURES)
+NAMES = list(tiny.LINEAR)
 
 
 def found(model: Any) -> list[Dimension]:

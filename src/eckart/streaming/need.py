@@ -121,9 +121,15 @@ def _factoring(job: Job, targets: list[Target]) -> int:
     for place, target in enumerate(targets):
         rows, columns = target.shape
         small, large = sorted(target.shape)
-        work = 4 * rows * columns + 6 * small * small + 3 * _square(large)
+        square, product = small * small, rows * columns
+        # Making the larger metric of its float32 sum; the eigendecomposition; the factors made of it.
+        work = _square(large) + max(
+            _square(large) * 3 // 2 + square, 2 * product + 7 * square, 3 * product + 4 * square
+        )
         if job.dimensions([target]):
-            work += 4 * columns * columns + 3 * rows * columns
+            # The metrics and the factors stay; beside them are two squares of a Cholesky factor and an
+            # inverse, or of a step of elimination, and the weight in three forms.
+            work = max(work, 3 * _square(large) + 3 * square + 4 * product)
         if job.recipe.stores:
             work += 2 * _square(large)
         most = max(most, _DOUBLE * work + _moments(job, targets[place:]))

@@ -151,7 +151,7 @@ def memory(model: Model, device: Device) -> float:
     for shape in model.matrices():
         small, product = min(shape) ** 2, shape[0] * shape[1]
         large = square(max(shape))
-        steps = (1.5 * large + small, 2 * product + 7 * small, 3 * product + 4 * small)
+        steps = (2 * large + 2 * small, 2 * product + 7 * small, 3 * product + 4 * small)
         most = max(most, large + max(steps))
     inside = max(
         STORED * block_parameters(model), moment_bytes(model) + window, 8 * most + moment_bytes(model)

@@ -122,9 +122,9 @@ def _factoring(job: Job, targets: list[Target]) -> int:
         rows, columns = target.shape
         small, large = sorted(target.shape)
         square, product = small * small, rows * columns
-        # Making the larger metric of its float32 sum; the eigendecomposition; the factors made of it.
+        # Making and checking the larger metric; the eigendecomposition; the factors made of it.
         work = _square(large) + max(
-            _square(large) * 3 // 2 + square, 2 * product + 7 * square, 3 * product + 4 * square
+            2 * _square(large) + 2 * square, 2 * product + 7 * square, 3 * product + 4 * square
         )
         if job.dimensions([target]):
             # The metrics and the factors stay; beside them are two squares of a Cholesky factor and an

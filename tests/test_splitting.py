@@ -161,3 +161,5 @@ def test_a_plan_has_the_shapes_of_the_run(name: str) -> None:
 def test_split_is_none_or_fused() -> None:
     with pytest.raises(ConfigError, match="split 'qkv': legal are none, fused"):
         Recipe(keep=0.5, split="qkv")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="stock has the matrices .* leave out split 'fused'"):
+        Recipe(keep=0.5, split="fused", stock=True)

@@ -110,7 +110,8 @@ def _fit(
     for _ in range(healing.block_epochs):
         for place in torch.randperm(count, generator=generator).tolist():
             loss = scale * _error(own, index, mine[place], theirs[place], metric)
-            gradients = torch.autograd.grad(loss, list(parameters.values()))
+            # An expert that no token of this window goes to learns nothing from it.
+            gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for value, gradient in zip(parameters.values(), gradients, strict=True):
                 value.grad = gradient
             torch.nn.utils.clip_grad_norm_(parameters.values(), healing.clip)

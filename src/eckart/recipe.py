@@ -193,6 +193,8 @@ class Recipe:
         method = self.resolved_method()
         if self.stock and self.form not in (None, "width"):
             raise ConfigError(f"stock is a matter of widths alone: form {self.form!r} needs eckart to load")
+        if self.stock and self.split != "none":
+            raise ConfigError(f"stock has the matrices of its architecture: leave out split {self.split!r}")
         if self.stock and self.overrides:
             raise ConfigError("stock has one width for all blocks: leave out overrides, or --stock")
         if self.form == "width" and not all(rule.dense for rule in self.overrides):

@@ -4,12 +4,13 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
-from . import models, rebuild
+from . import kinds, models, rebuild
 from .choices import Budget, Choice, dense, narrow
-from .dimensions import Dimension, Kind
+from .dimensions import Dimension, Kind, narrowed
 from .errors import ModelError
 from .models import Target
 from .ranks import legal_widths
@@ -118,17 +119,20 @@ def build(
 ) -> Any:
     """Return the ordinary model that is `model`, with its narrow linears, without the blocks `dropped`.
 
+    It is rebuilt of the stock modules, narrower, and unfolded as `model` was.
+
     Raises:
         ModelError: no entry of the config says how wide it is, or it computes something else.
     """
-    kinds = {name: dimension.kind for dimension in dimensions for name in dimension.members}
+    members = {name: dimension.kind for dimension in dimensions for name in dimension.members}
     narrow = [choice for choice in choices if choice.form == "narrow"]
-    widths: Widths = {kinds[choice.target.name]: choice.rank for choice in narrow}
+    widths: Widths = {members[choice.target.name]: choice.rank for choice in narrow}
+    kinds.fold(model, narrower=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in rebuild.state(model, dropped).items()}
     config = restated(model, rebuild.shallower(model, dropped), shapes, dimensions, widths)
     if config is None:
         raise ModelError(_cannot_say(model))
-    return rebuild.build(model, config, dropped)
+    return kinds.unfold(rebuild.build(model, config, dropped))
 
 
 def _cannot_say(model: Any) -> str:
@@ -168,20 +172,13 @@ def sayable(model: Any, dimensions: Sequence[Dimension], kind: Kind, width: int 
     inside = [dimension for dimension in dimensions if dimension.kind == kind]
     if not inside:
         return False
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    small = kinds.on_meta(model)
     for dimension in inside:
-        shapes |= dict(_so_wide(model, dimension, width))
+        for name, module in narrowed(small, dimension, torch.arange(width)).items():
+            models.replace(small, name, module)
+    kinds.fold(small, narrower=True)
+    shapes = {name: tuple(tensor.shape) for name, tensor in small.state_dict().items()}
     return restated(model, model.config, shapes, dimensions, {kind: width}) is not None
-
-
-def _so_wide(model: Any, dimension: Dimension, width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name, _ in dimension.writers:
-        rows, columns = models.find(model, name).weight.shape
-        yield f"{name}.weight", (rows // dimension.units * width, columns)
-        if models.find(model, name).bias is not None:
-            yield f"{name}.bias", (rows // dimension.units * width,)
-    rows, columns = models.find(model, dimension.reader).weight.shape
-    yield f"{dimension.reader}.weight", (rows, columns // dimension.units * width)
 
 
 def _fewer_heads(config: Any, kept: int, units: int) -> None:

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from eckart import StoreError, declaration, dense, factors, kinds, models, skeleton
@@ -284,3 +286,40 @@ def test_a_declaration_that_does_not_fit_the_model_is_refused(name: str, spec: A
     config = declaration.EckartConfig({}, unfolded={name: spec})
     with pytest.raises(StoreError, match=f"declares {name} as unfolded to .* does not fit"):
         skeleton.build_skeleton(tiny.build("gpt2"), config)
+
+
+# names on disk
+
+LEAVES = (
+    "weight",
+    "bias",
+    "down.weight",
+    "up.weight",
+    "up.bias",
+    "pivot.weight",
+    "rest.weight",
+    "order",
+    "codes",
+)
+HOLDERS = ("mlp", "feed_forward", "block_sparse_moe", "moe", "mixer")
+
+
+def test_no_conversion_of_transformers_catches_the_names_of_what_is_unfolded() -> None:
+    """Stock files hold experts one by one, and are stacked by their names; ours stay as they are."""
+    own = [f"experts.each.3.{name}.{leaf}" for name in ("gate_up", "up", "down") for leaf in LEAVES]
+    own += [f"{name}.{leaf}" for name in ("qkv_proj.q_rows", "gate_up_proj.up_rows") for leaf in LEAVES]
+    own += [f"experts.each.3.gate_up.{name}.{leaf}" for name in ("gate_rows", "up_rows") for leaf in LEAVES]
+    caught, seen = set(), 0
+    for kind in CONFIG_MAPPING_NAMES:
+        for transform in get_checkpoint_conversion_mapping(kind) or []:
+            seen += 1
+            for tail in own:
+                for holder in HOLDERS:
+                    found, _ = transform.rename_source_key(f"model.layers.0.{holder}.{tail}")
+                    if not found.endswith(f".{tail}"):
+                        caught.add((kind, tail, found))
+    assert seen > 100
+    assert not caught
+    stock = "model.layers.0.mlp.experts.3.gate_proj.weight"
+    names = [t.rename_source_key(stock)[0] for t in get_checkpoint_conversion_mapping("qwen2_moe")]
+    assert "model.layers.0.mlp.experts.gate_up_proj" in names

@@ -40,6 +40,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
     quantization_config: EckartConfig
+    _dtypes: dict[str, torch.dtype]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Take the guard away before the model is built (transformers >= 5.20)."""
@@ -52,6 +53,7 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         build_skeleton(model, self.quantization_config)
         spare(model, self.quantization_config)
+        self._dtypes = _floating(model)
         files = kwargs.get("checkpoint_files")
         if files:
             check_files(model, [Path(file) for file in files])
@@ -62,6 +64,9 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # transformers 5.16 leaves what files know under another name in the dtype of the file
+        for name, tensor in models.state_tensors(model).items():
+            tensor.data = tensor.data.to(self._dtypes.get(name, tensor.dtype))
         for name, module in stores.stored(model).items():
             if not isinstance(module, stores.Tied):
                 module.check(name)
@@ -95,6 +100,12 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """Two products and an index compile."""
         return True
+
+
+def _floating(model: nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtypes of the floating tensors of `model`."""
+    tensors = models.state_tensors(model).items()
+    return {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
 
 
 def _without_guard(config: Any) -> Any:

@@ -56,7 +56,7 @@ class Shape:
 
 
 SHAPES = {
-    "1.1M": Shape(2048, 128, 352, 4, 400, 8, 64, 96, 3e-3),
+    "0.9M": Shape(1024, 128, 352, 4, 1200, 4, 64, 96, 3e-3),
     "10M": Shape(4096, 256, 704, 11, 150, 2, 128, 32, 1e-3),
 }
 DECAY = 0.1
@@ -167,7 +167,7 @@ def settings(run: Run, train: Path, test: Path) -> Tuning:
     made = Tuning(
         method="full", data=(str(train),), eval_data=(str(test),), steps=run.of.steps, batch=run.of.batch,
         micro=run.of.batch,
-        seq_len=run.of.seq_len, rate=run.rate, warmup=0.1, weight_decay=DECAY, evaluations=1, patience=99,
+        seq_len=run.of.seq_len, rate=run.rate, warmup=0.1, weight_decay=DECAY, evaluations=4, patience=99,
         eval_limit=run.of.eval_windows, tight=False, precision="float32", seed=run.seed,
     )  # fmt: skip
     if run.way in ("persuaded", "penalised"):

@@ -1,6 +1,7 @@
 """What a model holds: parameters, bytes and FLOPs, of the treated matrices and of the whole."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from . import hub, models, plugin
+from . import hub, losses, models, plugin, running
 from .models import Target
 from .quant.stored import StoredEmbedding, StoredLinear
 from .result import Sizes
@@ -53,3 +54,20 @@ def written(model: Any) -> dict[str, Tensor]:
         # Some architectures are stored under other names than they have in memory.
         tensors = revert_weight_conversion(model, tensors)
     return tensors
+
+
+@contextmanager
+def rounded(model: Any, targets: Sequence[Target], dtype: torch.dtype) -> Iterator[Sizes]:
+    """Round the weights of `model` to `dtype` and give its sizes then; in the body it computes as before.
+
+    After the body, `model` is in `dtype`.
+
+    Raises:
+        NotFinite: a weight does not fit `dtype`.
+    """
+    computed = losses.dtype_of(model)
+    found = sizes(models.cast(model, dtype), targets, dtype)
+    running.check_fits(models.state_tensors(model), dtype)
+    models.cast(model, computed)
+    yield found
+    models.cast(model, dtype)

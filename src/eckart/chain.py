@@ -12,15 +12,28 @@ from . import models
 from .errors import ModelError
 
 _SAME = 1e-3
+_ADVICE = "use refinement logits"
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class Call:
     """What a block is called with beside its hidden states: masks, positions."""
 
     by_keyword: bool
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @classmethod
+    def noted(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Call":
+        """Return what a block was called with."""
+        others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+        return cls(not args, args[1:], others)
+
+    def on(self, block: nn.Module, hidden: Tensor) -> Any:
+        """Return all that `block` makes of `hidden`, called so."""
+        if self.by_keyword:
+            return block(*self.args, hidden_states=hidden, **self.kwargs)
+        return block(hidden, *self.args, **self.kwargs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +47,7 @@ class Chain:
 
     model: Any
     names: Sequence[str]
-    calls: Sequence[_Call]
+    calls: Sequence[Call]
 
     def block(self, index: int) -> nn.Module:
         """Return block number `index`."""
@@ -47,14 +60,11 @@ class Chain:
         def whole() -> None:
             self.model(input_ids=window[None], use_cache=False)
 
-        return _hidden(*_reached(self.block(0), whole)).detach()
+        return hidden_of(*_reached(self.block(0), whole), _ADVICE).detach()
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Return what block number `index` makes of `hidden` (1, seq_len, d)."""
-        call = self.calls[index]
-        if call.by_keyword:
-            return _output(self.block(index)(*call.args, hidden_states=hidden, **call.kwargs))
-        return _output(self.block(index)(hidden, *call.args, **call.kwargs))
+        return output_of(self.calls[index].on(self.block(index), hidden))
 
     def reads(self, index: int, hidden: Tensor, names: Sequence[str]) -> list[tuple[str, Tensor]]:
         """Return what each of the modules `names` of block `index` reads, in the order in which they run.
@@ -103,29 +113,34 @@ def _reached(module: nn.Module, run: Callable[[], object]) -> tuple[tuple[Any, .
     return found[0]
 
 
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any], advice: str) -> Tensor:
+    """Return the hidden states that a block is called with.
+
+    Raises:
+        ModelError: there are none; `advice` says what to do.
+    """
     found = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(found, Tensor):
-        raise ModelError("the blocks of this model are not called with hidden states: use refinement logits")
+        raise ModelError(f"the blocks of this model are not called with hidden states: {advice}")
     return found
 
 
-def _output(found: Any) -> Tensor:
+def output_of(found: Any) -> Tensor:
+    """Return the hidden states among what a block makes of others."""
     first = found[0] if isinstance(found, tuple) else found
     assert isinstance(first, Tensor)
     return first
 
 
 @contextmanager
-def _watching(model: Any, names: Sequence[str]) -> Iterator[tuple[dict[str, _Call], list[Tensor]]]:
+def _watching(model: Any, names: Sequence[str]) -> Iterator[tuple[dict[str, Call], list[Tensor]]]:
     """Note what each block is called with, and what comes out of the last."""
-    calls: dict[str, _Call] = {}
+    calls: dict[str, Call] = {}
     last: list[Tensor] = []
 
     def note(name: str) -> Any:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            calls[name] = _Call(not args, args[1:], others)
+            calls[name] = Call.noted(args, kwargs)
 
         return before
 
@@ -135,7 +150,7 @@ def _watching(model: Any, names: Sequence[str]) -> Iterator[tuple[dict[str, _Cal
         for name, block in zip(names, blocks, strict=True)
     ]
     handles.append(
-        blocks[-1].register_forward_hook(lambda module, args, output: last.append(_output(output)))
+        blocks[-1].register_forward_hook(lambda module, args, output: last.append(output_of(output)))
     )
     try:
         yield calls, last

@@ -1,7 +1,8 @@
 """A run's state in one safetensors file, so that it can go on after an interruption."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import StoreError
+
+
+@contextmanager
+def appearing(file: Path, what: str = "") -> Iterator[Path]:
+    """Give a path to write to, which becomes `file` by rename when the body ends well, else vanishes.
+
+    Raises:
+        StoreError: it cannot be written; `what` is how the message calls it.
+    """
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{what}{file} cannot be written: {error}") from error
+    finally:
+        if file.parent.is_dir():
+            partial.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,17 +73,10 @@ class Checkpoint:
         Raises:
             StoreError: it cannot be written.
         """
-        partial = self.file.with_suffix(".partial")
         own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
         metadata = {"state": json.dumps({**state, "key": self.key})}
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
+        with appearing(self.file, "the checkpoint ") as partial:
             save_file(own, partial, metadata)
-            partial.replace(self.file)
-        except (OSError, SafetensorError) as error:
-            if self.file.parent.is_dir():
-                partial.unlink(missing_ok=True)
-            raise StoreError(f"the checkpoint {self.file} cannot be written: {error}") from error
 
     def delete(self) -> None:
         """Delete the file, and its folder if it is empty then."""

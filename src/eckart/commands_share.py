@@ -1,5 +1,7 @@
 """The commands `share`, `tie` and `untie`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,6 +9,8 @@ import typer
 
 from . import api, api_sharing, groups, hub, render
 from .bars import Bars
+from .joined import Joined
+from .joining import Watch
 from .terminal import (
     AsJson,
     Bos,
@@ -69,21 +73,14 @@ def share(
     as_json: AsJson = False,
 ) -> None:
     """Let blocks of a model share their matrices, fitted to all of them."""
-    with failures():
-        hub.check_output(out, overwrite, model)
-        with Bars() as bars:
-            bars.watch("load", 0, 1)
-            small, result = api_sharing.share(
-                model, group, what=what, differences=differences, scales=scales, start=start,  # type: ignore[arg-type]
-                text=text, eval_text=eval_text, foreign_text=foreign_text, method=method, exclude=exclude,
-                tokens=tokens, gradient_tokens=gradient_tokens, seq_len=seq_len, eval_tokens=eval_tokens,
-                damp=damp, seed=seed, bos=bos, dtype=dtype, device=device,
-                trust_remote_code=trust_remote_code, watch=bars.watch,
-            )  # fmt: skip
-            bars.watch("write", 0, 1)
-            api.save(small, _tokenizer(model, trust_remote_code), out, result, overwrite=overwrite)
-            bars.watch("write", 1, 1)
-        _end(result.with_file_bytes(hub.weight_bytes(out)), out, as_json)
+    with _written(model, out, trust_remote_code, overwrite, as_json) as (watch, made):
+        made[:] = api_sharing.share(
+            model, group, what=what, differences=differences, scales=scales, start=start,  # type: ignore[arg-type]
+            text=text, eval_text=eval_text, foreign_text=foreign_text, method=method, exclude=exclude,
+            tokens=tokens, gradient_tokens=gradient_tokens, seq_len=seq_len, eval_tokens=eval_tokens,
+            damp=damp, seed=seed, bos=bos, dtype=dtype, device=device,
+            trust_remote_code=trust_remote_code, watch=watch,
+        )  # fmt: skip
 
 
 def tie(
@@ -105,18 +102,12 @@ def tie(
     as_json: AsJson = False,
 ) -> None:
     """Make embeddings and output head one matrix, fitted to both."""
-    with failures():
-        hub.check_output(out, overwrite, model)
-        with Bars() as bars:
-            bars.watch("load", 0, 1)
-            made, found = api_sharing.tie(
-                model, text=text, eval_text=eval_text, method=method, tokens=tokens,
-                gradient_tokens=gradient_tokens, seq_len=seq_len, eval_tokens=eval_tokens, seed=seed,
-                bos=bos, dtype=dtype, device=device, trust_remote_code=trust_remote_code, watch=bars.watch,
-            )  # fmt: skip
-            tokenizer = _tokenizer(model, trust_remote_code)
-            api.save(made, tokenizer, out, found, source=model, overwrite=overwrite)
-        _end(found, out, as_json)
+    with _written(model, out, trust_remote_code, overwrite, as_json) as (watch, made):
+        made[:] = api_sharing.tie(
+            model, text=text, eval_text=eval_text, method=method, tokens=tokens,
+            gradient_tokens=gradient_tokens, seq_len=seq_len, eval_tokens=eval_tokens, seed=seed,
+            bos=bos, dtype=dtype, device=device, trust_remote_code=trust_remote_code, watch=watch,
+        )  # fmt: skip
 
 
 def untie(
@@ -128,24 +119,31 @@ def untie(
     as_json: AsJson = False,
 ) -> None:
     """Give the output head a matrix of its own, with the values of the embeddings."""
+    with _written(model, out, trust_remote_code, overwrite, as_json) as (_, made):
+        made[:] = api_sharing.untie(model, device=device, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _written(
+    source: str, out: Path, trust_remote_code: bool | None, overwrite: bool, as_json: bool
+) -> Iterator[tuple[Watch, list[Any]]]:
+    """Give what to tell of progress, and a list for the model and what is found; then write and show both."""
     with failures():
-        hub.check_output(out, overwrite, model)
+        hub.check_output(out, overwrite, source)
+        made: list[Any] = []
         with Bars() as bars:
             bars.watch("load", 0, 1)
-            made, found = api_sharing.untie(model, device=device, trust_remote_code=trust_remote_code)
-            tokenizer = _tokenizer(model, trust_remote_code)
-            api.save(made, tokenizer, out, found, source=model, overwrite=overwrite)
-        _end(found, out, as_json)
-
-
-def _tokenizer(model: str, trust_remote_code: bool | None) -> Any:
-    return hub.load_tokenizer(model, trust_remote_code=bool(trust_remote_code))
-
-
-def _end(found: Any, out: Path, as_json: bool) -> None:
-    show(render.to_json(found.to_dict()) if as_json else found, as_json)
-    if not as_json:
-        print(f"written to {out}")
+            yield bars.watch, made
+            model, found = made
+            bars.watch("write", 0, 1)
+            tokenizer = hub.load_tokenizer(source, trust_remote_code=bool(trust_remote_code))
+            api.save(model, tokenizer, out, found, source=source, overwrite=overwrite)
+            bars.watch("write", 1, 1)
+        if isinstance(found, Joined):
+            found = found.with_file_bytes(hub.weight_bytes(out))
+        show(render.to_json(found.to_dict()) if as_json else found, as_json)
+        if not as_json:
+            print(f"written to {out}")
 
 
 def register(app: typer.Typer) -> None:

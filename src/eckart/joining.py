@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hub, kinds, losses, memory, models, plugin, running, sharing, windows
+from . import accounting, hub, kinds, losses, memory, models, plugin, running, sharing, windows
 from .accounting import sizes
 from .calibrate import Calibrated
 from .consensus import Consensus, Member, agree
@@ -69,11 +69,8 @@ def join(
     models.tie(model)
     kinds.fold(model)
     plugin.mark(model)
-    computed = losses.dtype_of(model)
-    after = sizes(models.cast(model, dtype), targets, dtype)
-    models.cast(model, computed)
-    now = measured("measure after")
-    models.cast(model, dtype)
+    with accounting.rounded(model, targets, dtype) as after:
+        now = measured("measure after")
     return model, Joined(
         **_made_from(recipe, loaded, dtype, calibrated),
         modules=[rows[target.name] for target in targets],

@@ -60,7 +60,17 @@ def logits(model: Any, window: Tensor) -> Tensor:
     Raises:
         NotFinite: a logit is NaN or infinite.
     """
-    found: Tensor = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+    found: Tensor = model(input_ids=window[None], use_cache=False).logits[0]
+    return predictions(found, model)
+
+
+def predictions(logits: Tensor, model: Any) -> Tensor:
+    """Return of the `logits` (seq_len, vocabulary) of a window, given by `model`, those that predict a token.
+
+    Raises:
+        NotFinite: one of them is NaN or infinite.
+    """
+    found = logits[:-1].float()
     if not bool(torch.isfinite(found).all()):
         raise NotFinite(
             f"{type(model).__name__} in {model.dtype} gives logits that are NaN or infinite: "

@@ -1,7 +1,10 @@
 """Rules of a recipe for single modules."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from .construct import construct
 from .errors import ConfigError
 from .ranks import Energy, Fixed, Keep
 
@@ -44,3 +47,22 @@ def rank_rule(rank: int | None, keep: float | None, energy: float | None) -> Fix
     if keep is not None:
         return Keep(keep)
     return None if energy is None else Energy(energy)
+
+
+def listed(values: Mapping[str, Any], lists: Iterable[str], where: str) -> dict[str, Any]:
+    """Return `values` with tuples under the names `lists`, made of lists, single values or nothing.
+
+    Those under `overrides` become rules.
+
+    Raises:
+        ConfigError: a rule has an unknown key or an illegal value.
+    """
+    made = dict(values)
+    for name in lists:
+        found = made.get(name)
+        made[name] = (found,) if isinstance(found, (str, Mapping)) else tuple(found or ())
+    made["overrides"] = tuple(
+        item if isinstance(item, Override) else construct(Override, item, f"{where}: overrides")
+        for item in made["overrides"]
+    )
+    return made

@@ -258,12 +258,10 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         foreign = _measure(run, "measure one shot", model, texts.foreign)
         healing = _healed(recipe, prepared, model, original, ward)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
-    computed = losses.dtype_of(model)
-    after = sizes(models.cast(model, dtype), found, dtype)
-    running.check_fits(model, dtype)
-    compressed = _measure(run, "measure compressed", models.cast(model, computed), texts.held_out)
-    elsewhere = _measure(run, "measure compressed", model, texts.foreign)
-    modules = assemble.updated(modules, found, models.cast(model, dtype))
+    with accounting.rounded(model, found, dtype) as after:
+        compressed = _measure(run, "measure compressed", model, texts.held_out)
+        elsewhere = _measure(run, "measure compressed", model, texts.foreign)
+    modules = assemble.updated(modules, found, model)
     plugin.mark(kinds.fold(model))
     after = replace(after, bytes=accounting.written_bytes(model, dtype))
     predicted = sum(module.loss for module in modules)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from . import (
+    accounting,
     assemble,
     correcting,
     hub,
@@ -144,11 +145,8 @@ def _quantised(
     warnings.extend(routing.fill(model, targets, calibrated.stats))
     _store(recipe, model, found, calibrated, lambda done, total: show("round", done, total))
     plugin.mark(model)
-    computed = losses.dtype_of(model)
-    after = sizes(models.cast(model, dtype), targets, dtype)
-    models.cast(model, computed)
-    now = measured("measure after")
-    models.cast(model, dtype)
+    with accounting.rounded(model, targets, dtype) as after:
+        now = measured("measure after")
     return model, Result(
         recipe=recipe,
         source=loaded.source,

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from . import declaration, measure, models
 from .errors import ModelError
 from .models import Target
+from .quiet import without_bars
 
 _SAME = 1e-2
 # What a class may raise for numbers that it cannot be made of.
@@ -90,7 +90,7 @@ def build(model: Any, config: Any, dropped: Sequence[str] = ()) -> Any:
     Raises:
         ModelError: it computes something else than `model` without those blocks.
     """
-    with _without_bar():
+    with without_bars():
         made = type(model).from_pretrained(
             None, config=config, state_dict=state(model, dropped), dtype=model.dtype
         )
@@ -98,17 +98,6 @@ def build(model: Any, config: Any, dropped: Sequence[str] = ()) -> Any:
     made.generation_config = model.generation_config
     _check_same(model, made, dropped)
     return made
-
-
-@contextmanager
-def _without_bar() -> Iterator[None]:
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()

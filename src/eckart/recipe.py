@@ -11,7 +11,7 @@ from .construct import construct, parse_size
 from .errors import ConfigError
 from .healing import Healing
 from .methods import ALLOCATIONS, SHAPES, Allocation, Method, Shape
-from .overrides import Override, check_number, rank_rule
+from .overrides import Override, check_number, listed, rank_rule
 from .quant import correction
 from .quant.storage import STORAGES
 from .ranks import Energy, Fixed, Keep
@@ -334,14 +334,7 @@ def from_mapping(values: Mapping[str, Any], where: str = "recipe") -> Recipe:
     Raises:
         ConfigError: an unknown key (with a suggestion) or an illegal value.
     """
-    values = dict(values)
-    for name in _LISTS:
-        found = values.get(name, ())
-        values[name] = (found,) if isinstance(found, (str, Mapping)) else tuple(found or ())
-    values["overrides"] = tuple(
-        item if isinstance(item, Override) else construct(Override, item, f"{where}: overrides")
-        for item in values["overrides"]
-    )
+    values = listed(values, _LISTS, where)
     heal = values.get("heal")
     if isinstance(heal, Mapping):
         values["heal"] = healing.from_mapping(heal, f"{where}: heal")

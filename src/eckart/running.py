@@ -144,8 +144,8 @@ def of_batches(
     return Windows(calibration, calibration.first(_TRIALS), measured, own)
 
 
-def check_fits(model: nn.Module, dtype: torch.dtype) -> None:
-    """Raise NotFinite if a weight of `model`, cast to `dtype`, is not finite."""
-    for name, tensor in models.state_tensors(model).items():
+def check_fits(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Raise NotFinite if one of `tensors`, cast to `dtype`, is not finite."""
+    for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NotFinite(f"{name} does not fit {dtype}: choose dtype bfloat16 or float32")

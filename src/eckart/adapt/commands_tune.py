@@ -8,7 +8,23 @@ import typer
 
 from .. import recipe, render
 from ..bars import Bars
-from ..scratch.options import Optimizer, OptimizerArgs, Penalty, PenaltyKeep, Schedule, Strength, penalty_of
+from ..scratch.options import (
+    Clip,
+    Epochs,
+    EvalData,
+    Evaluations,
+    Hold,
+    Optimizer,
+    OptimizerArgs,
+    Penalty,
+    PenaltyKeep,
+    Schedule,
+    Seed,
+    Steps,
+    Strength,
+    Warmup,
+    penalty_of,
+)
 from ..terminal import AsJson, Checkpointing, Device, Overwrite, Precision, Remote, failures, show
 from ..training import is_main
 from ..yaml_files import section
@@ -23,10 +39,8 @@ def tune(
         typer.Option(help="What to learn from: .txt, .jsonl, .tsv (text, tab, label) or a datasets id."),
     ] = None,
     method: Annotated[str | None, typer.Option(help="lora (default), dora, qlora, adalora or full.")] = None,
-    eval_data: Annotated[
-        list[str] | None, typer.Option(help="What to decide on; default: a share of --data, held out.")
-    ] = None,
-    hold: Annotated[float | None, typer.Option(help="That share (0.05).")] = None,
+    eval_data: EvalData = None,
+    hold: Hold = None,
     task: Annotated[
         str | None, typer.Option(help="generation (default), or classification: label words are scored.")
     ] = None,
@@ -63,21 +77,21 @@ def tune(
     double: Annotated[
         bool | None, typer.Option("--double/--single", help="qlora: quantise the constants as well.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data (1).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps instead.")] = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
     rate: Annotated[
         float | None, typer.Option(help="AdamW's rate; default by method: 5e-4, adalora 2e-3, full 3e-5.")
     ] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps before it (0.05).")] = None,
+    warmup: Warmup = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's (0).")] = None,
-    clip: Annotated[float | None, typer.Option(help="The largest norm of a gradient (1).")] = None,
+    clip: Clip = None,
     batch: Annotated[int | None, typer.Option(help="Examples a step, over all devices (16).")] = None,
     micro: Annotated[int | None, typer.Option(help="Examples at a time on one device (8).")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens of an example at most (512).")] = None,
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Several examples in one row.")
     ] = None,
-    evaluations: Annotated[int | None, typer.Option(help="On held-out data, over the run (10).")] = None,
+    evaluations: Evaluations = None,
     eval_limit: Annotated[int | None, typer.Option(help="Held-out examples that are used (512).")] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best (3).")
@@ -100,7 +114,7 @@ def tune(
     paged: Annotated[
         bool | None, typer.Option("--paged/--no-paged", help="qlora on cuda: moments that page out.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn (0).")] = None,
+    seed: Seed = None,
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="YAML recipe whose tune section is taken.")
     ] = None,

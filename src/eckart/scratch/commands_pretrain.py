@@ -14,7 +14,23 @@ from ..training import is_main
 from ..yaml_files import section
 from . import pretrain as session
 from . import report_pretrain
-from .options import Optimizer, OptimizerArgs, Penalty, PenaltyKeep, Schedule, Strength, penalty_of
+from .options import (
+    Clip,
+    Epochs,
+    EvalData,
+    Evaluations,
+    Hold,
+    Optimizer,
+    OptimizerArgs,
+    Penalty,
+    PenaltyKeep,
+    Schedule,
+    Seed,
+    Steps,
+    Strength,
+    Warmup,
+    penalty_of,
+)
 from .pretraining import from_mapping
 
 
@@ -24,10 +40,8 @@ def pretrain(
     data: Annotated[
         list[str] | None, typer.Option(help="What to learn from: .txt, .jsonl or a datasets id.")
     ] = None,
-    eval_data: Annotated[
-        list[str] | None, typer.Option(help="What to decide on; default: a share of --data, held out.")
-    ] = None,
-    hold: Annotated[float | None, typer.Option(help="That share (0.05).")] = None,
+    eval_data: EvalData = None,
+    hold: Hold = None,
     keep: Annotated[
         float | None, typer.Option(help="What remains of the parameters, in (0, 1]; default: full rank.")
     ] = None,
@@ -56,16 +70,16 @@ def pretrain(
     vocabulary: Annotated[
         int | None, typer.Option(help="Train a tokenizer of so many tokens on --data; 257: bytes.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data (1).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps instead.")] = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
     rate: Annotated[float | None, typer.Option(help="AdamW's rate after warm-up (1e-3).")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps before it (0.05).")] = None,
+    warmup: Warmup = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's (0.1).")] = None,
-    clip: Annotated[float | None, typer.Option(help="The largest norm of a gradient (1).")] = None,
+    clip: Clip = None,
     batch: Annotated[int | None, typer.Option(help="Windows a step, over all devices (16).")] = None,
     micro: Annotated[int | None, typer.Option(help="Windows at a time on one device (8).")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Window length (256).")] = None,
-    evaluations: Annotated[int | None, typer.Option(help="On held-out data, over the run (10).")] = None,
+    evaluations: Evaluations = None,
     eval_limit: Annotated[int | None, typer.Option(help="Held-out windows that are used (256).")] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best (10).")
@@ -75,7 +89,7 @@ def pretrain(
     checkpointing: Checkpointing = None,
     precision: Precision = None,
     dtype: Annotated[str | None, typer.Option(help="Of the output (float32).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn (0).")] = None,
+    seed: Seed = None,
     recipe_file: Annotated[
         Path | None, typer.Option("--recipe", help="YAML recipe whose pretrain section is taken.")
     ] = None,

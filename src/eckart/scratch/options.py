@@ -1,4 +1,4 @@
-"""Options of commands that train with a penalty."""
+"""Options of commands that train: a model from scratch, or one that is there."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -24,6 +24,17 @@ Optimizer = Annotated[
 OptimizerArgs = Annotated[
     str | None, typer.Option(help="Of GaLore, e.g. rank=128,update_proj_gap=200,scale=0.25.")
 ]
+
+EvalData = Annotated[
+    list[str] | None, typer.Option(help="What to decide on; default: a share of --data, held out.")
+]
+Hold = Annotated[float | None, typer.Option(help="That share (0.05).")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the data (1).")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps instead.")]
+Warmup = Annotated[float | None, typer.Option(help="Share of the steps before it (0.05).")]
+Clip = Annotated[float | None, typer.Option(help="The largest norm of a gradient (1).")]
+Evaluations = Annotated[int | None, typer.Option(help="On held-out data, over the run (10).")]
+Seed = Annotated[int | None, typer.Option(help="Of everything that is drawn (0).")]
 
 
 def penalty_of(

@@ -14,7 +14,7 @@ from .. import api, hub, models, pipeline
 from ..construct import construct
 from ..errors import ConfigError, ModelError, RankError
 from ..factors import FORMS, Form, break_even
-from ..overrides import Override
+from ..overrides import Override, listed
 from ..recipe import Of, Recipe, from_mapping
 
 METHOD = "svd"
@@ -67,15 +67,7 @@ def from_settings(values: Mapping[str, Any], where: str = "structure") -> Struct
     Raises:
         ConfigError: an unknown key (with a suggestion) or an illegal value.
     """
-    made = dict(values)
-    for name in _LISTS:
-        found = made.get(name, ())
-        made[name] = (found,) if isinstance(found, (str, Mapping)) else tuple(found)
-    made["overrides"] = tuple(
-        item if isinstance(item, Override) else construct(Override, item, f"{where}: overrides")
-        for item in made["overrides"]
-    )
-    structure: Structure = construct(Structure, made, where)
+    structure: Structure = construct(Structure, listed(values, _LISTS, where), where)
     return structure
 
 

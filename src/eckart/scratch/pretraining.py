@@ -9,7 +9,7 @@ from ..construct import check_number, construct
 from ..errors import ConfigError
 from ..factors import Form
 from ..healing import Precision
-from ..overrides import Override
+from ..overrides import Override, listed
 from ..recipe import Of
 from . import persuasion
 from .persuasion import Persuasion
@@ -127,14 +127,7 @@ def from_mapping(values: Mapping[str, Any], where: str = "pretrain") -> Pretrain
     Raises:
         ConfigError: an unknown key (with a suggestion) or an illegal value.
     """
-    made = dict(values)
-    for name in _LISTS:
-        found = made.get(name, ())
-        made[name] = (found,) if isinstance(found, (str, Mapping)) else tuple(found)
-    made["overrides"] = tuple(
-        item if isinstance(item, Override) else construct(Override, item, f"{where}: overrides")
-        for item in made["overrides"]
-    )
+    made = listed(values, _LISTS, where)
     if isinstance(made.get("penalty"), Mapping):
         made["penalty"] = persuasion.from_mapping(made["penalty"], f"{where}: penalty")
     settings: Pretraining = construct(Pretraining, made, where)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint import appearing
 from ..errors import StoreError
 
 
@@ -59,20 +60,13 @@ class Activations:
         Raises:
             StoreError: it cannot be written.
         """
-        partial = self.file.with_name(self.file.name + ".partial")
-        try:
-            with partial.open("wb") as opened:
+        with appearing(self.file) as partial, partial.open("wb") as opened:
 
-                def append(window: Tensor) -> None:
-                    data = window.detach().to(device="cpu", dtype=self.dtype).contiguous()
-                    opened.write(data.view(torch.uint8).numpy().data)
+            def append(window: Tensor) -> None:
+                data = window.detach().to(device="cpu", dtype=self.dtype).contiguous()
+                opened.write(data.view(torch.uint8).numpy().data)
 
-                yield append
-            partial.replace(self.file)
-        except OSError as error:
-            raise StoreError(f"{self.file} cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+            yield append
 
     def delete(self) -> None:
         """Delete the file."""

@@ -14,7 +14,7 @@ from ..recipe import Recipe
 from ..windows import TextWindows
 from .passes import Slopes, Track
 from .stream import Stream
-from .team import Team, all_of
+from .team import Team
 from .work import Work
 
 ENDS = "ends"
@@ -91,7 +91,7 @@ class Job:
 
     def track(self, name: str, rows: Tensor | None, keep: bool = False) -> Track:
         """Return the track of this process's share of `rows`; none where there are no rows."""
-        own = torch.zeros(0, 2, dtype=torch.int64) if rows is None else all_of(rows, self.team)
+        own = torch.zeros(0, 2, dtype=torch.int64) if rows is None else self.team.own(rows)
         stream = self.stream
         return Track(self.work, name, own, stream.width, stream.model.dtype, self.team, keep)
 

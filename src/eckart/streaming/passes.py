@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .. import measure
 from ..calibrate import gradients_from, loss_gradient
-from ..errors import NotFinite
 from ..recipe import Labels
 from ..stats import Statistic, Stats, collect
 from .activations import Activations
@@ -44,7 +44,7 @@ class Track:
 
     def at(self, index: int) -> Activations:
         """Return what enters block number `index`."""
-        file = self.work.path(f"hidden/{self.name}-{index}{self.team.suffix()}")
+        file = self.work.folder / f"hidden/{self.name}-{index}{self.team.suffix()}"
         return Activations(file, (1, self.rows.shape[1], self.width), self.dtype)
 
     def place(self, count: int) -> int:
@@ -97,12 +97,8 @@ def losses(stream: Stream, track: Track) -> list[float]:
     """
     found = []
     for number, window in enumerate(track.rows):
-        logits = stream.leave(track.at(len(stream.names)).read(number).to(stream.place))[:-1].float()
-        if not bool(torch.isfinite(logits).all()):
-            raise NotFinite(
-                f"{type(stream.model).__name__} in {stream.model.dtype} gives logits that are NaN or "
-                "infinite: the perplexity does not exist; evaluate in a wider dtype"
-            )
+        hidden = track.at(len(stream.names)).read(number).to(stream.place)
+        logits = measure.predictions(stream.leave(hidden), stream.model)
         loss = functional.cross_entropy(logits, window[1:].to(logits.device))
         found.append(float(loss.double()))
     return found

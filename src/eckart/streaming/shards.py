@@ -1,8 +1,7 @@
 """The weight files of a model, of which only what is asked for is read."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,9 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from ..errors import ModelError, StoreError
+from ..quiet import without_bars
 
 _SAMPLES, _SAMPLE_BYTES = 32, 4096
 
@@ -110,7 +109,7 @@ class Shards:
         config = LoadStateDictConfig(
             device_map={"": "cpu"}, dtype=model.dtype, weight_mapping=list(self._mapping)
         )
-        with _without_bars():
+        with without_bars():
             info, _ = convert_and_load_state_dict_in_model(model, found, config)
         problems = [*info.conversion_errors.values(), *map(str, info.mismatched_keys), *info.error_msgs]
         if problems:
@@ -119,18 +118,6 @@ class Shards:
     def fingerprint(self) -> list[str]:
         """Return what tells these files from others: names, sizes, and hashes of headers and samples."""
         return [f"{file.name} {file.stat().st_size} {_sampled(file)}" for file in self.files]
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar for every block."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def local(source: str) -> Path:

@@ -1,7 +1,7 @@
 """A causal language model of which one transformer block at a time is in memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -11,19 +11,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from .. import hub, kinds, models
+from ..chain import Call, hidden_of, output_of
 from ..errors import ModelError
 from .shards import Shards, local
 
-Forward = Callable[..., Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a block is called with beside its hidden states: masks, positions."""
-
-    by_keyword: bool
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+_ADVICE = "leave out --memory"
 
 
 class _Reached(Exception):
@@ -95,7 +87,7 @@ class Stream:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Hold block number `index`, its matrices as nn.Linear, in memory while the context is open."""
-        found: nn.Module = self.model.get_submodule(self.names[index])
+        found = self._block(index)
         kinds.fold(found)  # files hold the stock modules
         self.shards.load(self.model, self.inside(index))
         kinds.unfold(found).requires_grad_(False).to(self.place)
@@ -147,7 +139,7 @@ class Stream:
     @contextmanager
     def _stubbed(self, stub: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Iterator[None]:
         """Let `stub` stand for every block while the context is open."""
-        blocks = [self.model.get_submodule(name) for name in self.names]
+        blocks = list(map(self._block, range(len(self.names))))
         try:
             for index, block in enumerate(blocks):
                 block.__dict__["forward"] = lambda *args, _i=index, **kwargs: stub(_i, args, kwargs)
@@ -161,7 +153,7 @@ class Stream:
         found: list[Tensor] = []
 
         def stop(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
-            found.append(_hidden(args, kwargs))
+            found.append(hidden_of(args, kwargs, _ADVICE))
             raise _Reached
 
         with self._stubbed(stop), suppress(_Reached):
@@ -189,11 +181,11 @@ class Stream:
 
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Return what block number `index`, in memory, makes of `hidden` (1, seq_len, d)."""
-        call = self._calls[hidden.shape[1]][index]
-        block = self.model.get_submodule(self.names[index])
-        if call.by_keyword:
-            return _output(block(*call.args, hidden_states=hidden, **call.kwargs))
-        return _output(block(hidden, *call.args, **call.kwargs))
+        return output_of(self._calls[hidden.shape[1]][index].on(self._block(index), hidden))
+
+    def _block(self, index: int) -> nn.Module:
+        found: nn.Module = self.model.get_submodule(self.names[index])
+        return found
 
     @torch.no_grad()
     def learn(self, lengths: Sequence[int]) -> None:
@@ -202,45 +194,34 @@ class Stream:
         Raises:
             ModelError: what goes from block to block is more than the hidden states.
         """
-        with ExitStack() as stack:
-            stack.enter_context(self.entrance())
+        with self.entrance():
             size = models.vocabulary(self.model)
             probes = [torch.arange(length) * step % size for length in lengths for step in (1, 7)]
-            entered = [self.enter(probe) for probe in probes]
-            self._width = entered[0].shape[-1]
-            first = self._noted(probes[0], None)[0]
-            with self.block(0):
-                self._calls = {len(probes[0]): [first]}
-                out = self._raw(entered[0])
+            hidden = self.enter(probes[0])
+            self._width = hidden.shape[-1]
+            (first,) = self._noted(probes[0], 1)
+            with self.block(0) as block:
+                out = first.on(block, hidden)
             self.in_tuple = isinstance(out, tuple)
-            if self.in_tuple and len(out) > 1 and any(isinstance(part, Tensor) for part in out[1:]):
+            if self.in_tuple and any(isinstance(part, Tensor) for part in out[1:]):
                 raise ModelError(self._no_chain())
-            self._calls = {}
             for one, other in zip(probes[::2], probes[1::2], strict=True):
                 calls = self._noted(one, len(self.names))
                 if not _same(calls, self._noted(other, len(self.names))):
                     raise ModelError(self._no_chain())
                 self._calls[len(one)] = calls
 
-    def _raw(self, hidden: Tensor) -> Any:
-        call = self._calls[hidden.shape[1]][0]
-        block = self.model.get_submodule(self.names[0])
-        if call.by_keyword:
-            return block(*call.args, hidden_states=hidden, **call.kwargs)
-        return block(hidden, *call.args, **call.kwargs)
-
-    def _noted(self, window: Tensor, count: int | None) -> list[Call]:
-        """Return what the first `count` blocks are called with; of None, only the first."""
+    def _noted(self, window: Tensor, count: int) -> list[Call]:
+        """Return what the first `count` blocks are called with."""
         calls: list[Call] = []
         last: list[Tensor] = []
 
         def note(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            hidden = _hidden(args, kwargs)
+            hidden = hidden_of(args, kwargs, _ADVICE)
             if last and hidden is not last[-1]:
                 raise ModelError(self._no_chain())
-            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            calls.append(Call(not args, args[1:], others))
-            if len(calls) == (count or 1):
+            calls.append(Call.noted(args, kwargs))
+            if len(calls) == count:
                 raise _Reached
             last.append(hidden.clone())
             return (last[-1],) if self.in_tuple else last[-1]
@@ -267,19 +248,6 @@ def release(module: nn.Module, recurse: bool = True) -> None:
         for key, buffer in part.named_buffers(recurse=False):
             if key not in part._non_persistent_buffers_set:
                 setattr(part, key, buffer.to("meta"))
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise ModelError("the blocks of this model are not called with hidden states: leave out --memory")
-    return found
-
-
-def _output(found: Any) -> Tensor:
-    first = found[0] if isinstance(found, tuple) else found
-    assert isinstance(first, Tensor)
-    return first
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -38,9 +38,9 @@ class Team:
             distributed.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE)
         return cls(distributed.get_rank(), distributed.get_world_size())
 
-    def share(self, things: Sequence[T]) -> Sequence[T]:
-        """Return every `size`-th of `things`, starting with number `rank`."""
-        return things[self.rank :: self.size]
+    def own(self, rows: Tensor) -> Tensor:
+        """Return the windows of `rows` (k, seq_len) that are this process's: every `size`-th."""
+        return rows[self.rank :: self.size]
 
     def suffix(self) -> str:
         """Return what tells the files of this process from those of others."""
@@ -87,8 +87,3 @@ def by_cost(costs: Sequence[float], size: int) -> list[int]:
         owners[index] = owner
         loads[owner] += costs[index]
     return owners
-
-
-def all_of(rows: Tensor, team: Team) -> Tensor:
-    """Return the windows of `rows` (k, seq_len) that are this process's."""
-    return rows[team.rank :: team.size]

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..checkpoint import appearing
 from ..errors import StoreError
 
 _KEY = "key.json"
@@ -55,12 +56,6 @@ class Work:
         work.write_json("key", wanted)
         return work
 
-    def path(self, name: str) -> Path:
-        """Return where the part `name` is kept, in a folder that exists."""
-        file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return file
-
     def has(self, name: str) -> bool:
         """Tell whether the part `name` is finished."""
         return (self.folder / name).exists()
@@ -71,14 +66,8 @@ class Work:
         Raises:
             StoreError: it cannot be written.
         """
-        file = self.path(f"{name}.json")
-        partial = file.with_name(file.name + ".partial")
-        try:
+        with appearing(self.folder / f"{name}.json") as partial:
             partial.write_text(json.dumps(values), encoding="utf-8")
-            partial.replace(file)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise StoreError(f"{file} cannot be written: {error}") from error
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return the part `name`.json.
@@ -94,15 +83,9 @@ class Work:
         Raises:
             StoreError: it cannot be written.
         """
-        file = self.path(f"{name}.safetensors")
-        partial = file.with_name(file.name + ".partial")
         own = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        try:
+        with appearing(self.folder / f"{name}.safetensors") as partial:
             save_file(own, partial, dict(metadata))
-            partial.replace(file)
-        except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
-            raise StoreError(f"{file} cannot be written: {error}") from error
 
     def read_tensors(
         self, name: str, only: Iterable[str] | None = None

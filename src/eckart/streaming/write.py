@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
-from .. import assemble, dimensions, kinds, models, selection, skeleton, storing
+from .. import assemble, dimensions, kinds, models, running, selection, skeleton, storing
 from ..calibrate import Calibrated
 from ..choices import Choice
 from ..declaration import EckartConfig, declare
-from ..errors import NotFinite
 from ..factorize import Decomposed
 from ..quant.stored import StoredEmbedding
 from ..recipe import FLOAT
@@ -181,11 +180,10 @@ def _store(job: Job, step: str, names: Sequence[str], dtype: torch.dtype) -> Non
     model = job.stream.model
     wanted = set(names)
     inside = {name: tensor for name, tensor in models.state_tensors(model).items() if name in wanted}
-    for name, tensor in inside.items():
+    for tensor in inside.values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
-            if not bool(torch.isfinite(tensor).all()):
-                raise NotFinite(f"{name} does not fit {dtype}: choose dtype bfloat16 or float32")
+    running.check_fits(inside, dtype)
     if job.team.rank == 0:
         # Some architectures are stored under other names than they have in memory.
         written = revert_weight_conversion(model, inside)

@@ -12,6 +12,7 @@ which needs hours to learn more than which tokens are frequent.
 """
 
 import argparse
+import copy
 import json
 import sys
 import tempfile
@@ -103,16 +104,17 @@ WAYS: dict[str, tuple[float, ...]] = {
     "penalised": (1.0,),
     "factor decay": (0.25,),
     "galore": (1.0,),
+    "untied": (1.0,),
 }
 """What each is: training_show.WORDS."""
 
 
-def config(shape: Shape) -> LlamaConfig:
+def config(shape: Shape, tied: bool = True) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.hidden,
         num_hidden_layers=shape.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
         max_position_embeddings=shape.seq_len,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+        tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
 
 
@@ -138,7 +140,7 @@ def narrow(shape: Shape, keep: float) -> Shape:
 
 def model_for(run: Run) -> Any:
     shape = narrow(run.of, run.keep) if run.way == "narrow" else run.of
-    model = preset.build(config(shape), seed=run.seed)
+    model = preset.build(config(shape, tied=run.way != "untied"), seed=run.seed)
     if run.way in SHARING:
         groups, rank = SHARING[run.way][run.keep]
         return eckart.share(model, groups, differences=rank, start="first", seed=run.seed)[0].train()
@@ -215,7 +217,22 @@ def measure(run: Run, train: Path, test: Path, tokenizer: Any) -> dict[str, Any]
         row["decline"] = spectra(found.decline)
     if run.way in ("full", "penalised"):
         row["after"] = after(loaded, run, train, test)
+    if run.way == "untied":
+        row["tied"] = tied(loaded, run, train, test)
     return row
+
+
+def tied(loaded: hub.Loaded, run: Run, train: Path, test: Path) -> list[dict[str, Any]]:
+    """Return what one matrix for embeddings and head, fitted to both, leaves without any more training."""
+    rows = []
+    for method in ("svd", "eckart"):
+        model, found = eckart.tie(
+            copy.deepcopy(loaded.model), method=method, text=None if method == "svd" else str(train),
+            tokenizer=loaded.tokenizer, seq_len=run.of.seq_len, tokens=8_192, gradient_tokens=4_096,
+        )  # fmt: skip
+        loss = judged(model, loaded.tokenizer, run, train, test)
+        rows.append({"method": method, "loss": loss, "parameters": found.parameters[1]})
+    return rows
 
 
 def spectra(decline: Any) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ WORDS = {
     "penalised": "full rank, with a penalty on the tail to the end",
     "factor decay": "low rank from the first step, weight decay on the factors",
     "galore": "full rank, GaLore",
+    "untied": "full rank, embeddings and head of their own",
 }
 COLUMNS = ["way", "seeds", "parameters", "loss", "against narrower", "s a step", "optimizer MB"]
 CUT = "cut by SVD after training"
@@ -73,6 +74,25 @@ def table(rows: list[Row], keep: float) -> list[list[str]]:
     return found
 
 
+def tied(rows: list[Row]) -> list[list[str]]:
+    """Return what embeddings and head as one matrix cost: from the first step, and after training."""
+    own = {row["seed"]: row for row in rows if row["way"] == "untied"}
+    if not own:
+        return []
+    apart = {seed: row["loss"] for seed, row in own.items()}
+    first = next(iter(own.values()))
+    found = [["two matrices", f"{first['parameters']:,}", spread([*apart.values()]), ""]]
+    one = {seed: loss for seed, loss in losses(rows, "full", 1.0).items() if seed in own}
+    size = first["tied"][0]["parameters"]
+    if one:
+        found.append(["one, from the first step", f"{size:,}", spread([*one.values()]), against(one, apart)])
+    for place, cut in enumerate(first["tied"]):
+        loss = {seed: row["tied"][place]["loss"] for seed, row in own.items()}
+        words = f"one, fitted after training by {cut['method']}"
+        found.append([words, f"{size:,}", spread([*loss.values()]), against(loss, apart)])
+    return found
+
+
 def rates(rows: list[Row]) -> list[list[str]]:
     """Return the loss of each way at every rate that it was tried at, seed 0."""
     tried = sorted({row["rate"] for row in rows})
@@ -95,6 +115,10 @@ def show(rows: list[Row], rates_of: dict[str, float]) -> None:
         for keep in sorted({row["keep"] for row in own}, reverse=True):
             print(f"\nmodel of {shape}, rate {rate:g}, keep {keep:g} of the linear maps\n")
             print(render.markdown_table(COLUMNS, table(own, keep)))
+        pairs = tied(own)
+        if pairs:
+            columns = ["embeddings and head", "parameters", "loss", "against two"]
+            print("\n" + render.markdown_table(columns, pairs))
         tried = rates(every)
         if tried:
             columns = ["seed 0", "keep", *(f"loss at {one:g}" for one in sorted({r["rate"] for r in every}))]

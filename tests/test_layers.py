@@ -83,6 +83,8 @@ LAYERS = {
     "storing": 11,
     "accounting": 12,
     "commands_params": 12,
+    "commands_export": 13,
+    "exporting": 12,
     "mend": 12,
     "report_healing": 12,
     "reading": 12,
@@ -183,7 +185,7 @@ LOWEST_WITH_TRANSFORMERS = LAYERS["kinds"]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 PRINTING = (
     "cli", "terminal", "commands_tune", "commands_adapters", "commands_params", "commands_quantise",
-    "commands_share", "commands_pretrain",
+    "commands_export", "commands_share", "commands_pretrain",
 )  # fmt: skip
 
 

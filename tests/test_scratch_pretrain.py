@@ -80,10 +80,9 @@ def test_full_rank_needs_no_eckart(config_folder: Path, text_file: Path, tmp_pat
     assert "import eckart" not in (tmp_path / "out" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("cut", [4, 6], ids=["before the switch", "after the switch"])
 @pytest.mark.parametrize("form", ["factored", "pivoted"])
 def test_an_interrupted_run_goes_on_to_the_same_result(
-    form: str, cut: int, config_folder: Path, text_file: Path, tokenizer: Any, tmp_path: Path
+    form: str, config_folder: Path, text_file: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     settings = Pretraining(
         data=(str(text_file),), form=form, dense_steps=4, penalty=PENALTY,  # type: ignore[arg-type]
@@ -95,28 +94,36 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
             config_folder, settings, work=tmp_path / name, tokenizer=tokenizer, watch=watch
         )
 
-    def stop(stage: str, at: int, of: int) -> None:
-        if (stage, at) == ("train", cut):
-            raise Cut
-
     whole, done = run("whole", lambda *seen: None)
-    with pytest.raises(Cut):
-        run("cut", stop)
-    seen: list[int] = []
-    again, other = run("cut", lambda stage, at, of: seen.append(at) if stage == "train" else None)
-    assert min(seen) == cut - 1
-    expected = dict(whole.named_parameters())
-    for name, value in again.named_parameters():
-        assert torch.allclose(value, expected[name], atol=1e-6), name
-    assert torch.allclose(logits(again, tiny.tokens()), logits(whole, tiny.tokens()), atol=1e-5)
-    for (step, loss), (same, own) in zip(other.tuned.curve, done.tuned.curve, strict=True):
-        assert step == same
-        assert loss == pytest.approx(own, abs=1e-5)
-    assert [step["step"] for step in other.tuned.decline["steps"]] == [0, 2, 4, 6, 8]
-    assert other.tuned.best >= 4
-    # What came after the switch in the first run is not known to the second.
-    assert (other.switched is None) == (cut > 5)
     assert len(done.switched.projected) >= 2 * len(done.ranks)
+    expected = dict(whole.named_parameters())
+    for cut in (4, 6):  # before the switch, and after it
+        name = f"cut-{cut}"
+
+        def stop(stage: str, at: int, of: int, cut: int = cut) -> None:
+            if (stage, at) == ("train", cut):
+                raise Cut
+
+        seen: list[int] = []
+
+        def note(stage: str, at: int, of: int, seen: list[int] = seen) -> None:
+            if stage == "train":
+                seen.append(at)
+
+        with pytest.raises(Cut):
+            run(name, stop)
+        again, other = run(name, note)
+        assert min(seen) == cut - 1
+        for key, value in again.named_parameters():
+            assert torch.allclose(value, expected[key], atol=1e-6), key
+        assert torch.allclose(logits(again, tiny.tokens()), logits(whole, tiny.tokens()), atol=1e-5)
+        for (step, loss), (same, own) in zip(other.tuned.curve, done.tuned.curve, strict=True):
+            assert step == same
+            assert loss == pytest.approx(own, abs=1e-5)
+        assert [step["step"] for step in other.tuned.decline["steps"]] == [0, 2, 4, 6, 8]
+        assert other.tuned.best >= 4
+        # What came after the switch in the first run is not known to the second.
+        assert (other.switched is None) == (cut > 5)
 
 
 def test_a_state_from_before_the_switch_is_never_chosen(

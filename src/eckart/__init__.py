@@ -21,6 +21,7 @@ from .errors import (
     StoreError,
 )
 from .evaluating import evaluate
+from .exporting import export
 from .healing import Healing
 from .overrides import Override
 from .plugin import densify
@@ -48,6 +49,7 @@ __all__ = [
     "densify",
     "diff",
     "evaluate",
+    "export",
     "extract",
     "from_config",
     "heal",

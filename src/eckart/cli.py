@@ -11,6 +11,7 @@ import typer
 from . import (
     __version__,
     api,
+    commands_export,
     commands_params,
     commands_quantise,
     commands_share,
@@ -371,6 +372,7 @@ def evaluate(
 commands_tune.register(app)
 commands_adapters.register(app)
 commands_params.register(app)
+commands_export.register(app)
 commands_quantise.register(app)
 commands_pretrain.register(app)
 commands_share.register(app)

@@ -57,7 +57,7 @@ class Shape:
 
 
 SHAPES = {
-    "0.9M": Shape(1024, 128, 352, 4, 1200, 4, 64, 96, 3e-3),
+    "0.9M": Shape(1024, 128, 352, 4, 600, 4, 64, 96, 3e-3),
     "10M": Shape(4096, 256, 704, 11, 150, 2, 128, 32, 1e-3),
 }
 DECAY = 0.1
@@ -113,7 +113,7 @@ def config(shape: Shape, tied: bool = True) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.width, intermediate_size=shape.hidden,
         num_hidden_layers=shape.layers, num_attention_heads=HEADS, num_key_value_heads=HEADS,
-        max_position_embeddings=shape.seq_len,
+        max_position_embeddings=shape.seq_len, initializer_range=shape.width**-0.5,
         tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
 

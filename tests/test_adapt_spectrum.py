@@ -14,6 +14,7 @@ from eckart.adapt import spectrum
 from eckart.adapt.spectrum import Budget, Noise
 from eckart.linalg import Metric, weighted_svd
 from eckart.ranks import Energy, Fixed
+from eckart.spectra import noise_threshold, rank_at, singular_values, tail
 
 sides = st.integers(1, 9)
 spectra = st.lists(st.floats(0, 100), min_size=1, max_size=6).map(
@@ -28,7 +29,7 @@ def random(m: int, n: int, seed: int = 0) -> torch.Tensor:
 @given(sides, sides)
 def test_the_spectrum_is_that_of_the_svd(m: int, n: int) -> None:
     matrix = random(m, n)
-    assert torch.allclose(spectrum.spectrum(matrix), torch.linalg.svdvals(matrix), atol=1e-6)
+    assert torch.allclose(singular_values(matrix), torch.linalg.svdvals(matrix), atol=1e-6)
 
 
 @given(sides, sides)
@@ -36,19 +37,19 @@ def test_the_weighted_spectrum_is_that_of_the_weighted_svd(m: int, n: int) -> No
     matrix, rows = random(m, n), random(3 * n, n, seed=1)
     metric = Metric(n, rows.T @ rows / len(rows), 1e-3)
     found = weighted_svd(matrix, metric, Metric(m)).spectrum
-    assert torch.allclose(spectrum.spectrum(matrix, metric), found, atol=1e-6)
+    assert torch.allclose(singular_values(matrix, metric), found, atol=1e-6)
 
 
 @given(spectra)
 def test_the_tail_is_the_squared_error_of_every_rank(values: torch.Tensor) -> None:
-    found = spectrum.tail(values)
+    found = tail(values)
     for rank in range(len(values) + 1):
         assert float(found[rank]) == pytest.approx(float(values[rank:].square().sum()), abs=1e-9)
 
 
 @given(spectra, st.floats(0.01, 1))
 def test_energy_takes_the_fewest_terms_that_hold_it(values: torch.Tensor, fraction: float) -> None:
-    found = spectrum.rank_at(values, fraction)
+    found = rank_at(values, fraction)
     squares = values.square()
     whole = float(squares.sum())
     held = [float(squares[:rank].sum()) for rank in range(len(values) + 1)]
@@ -57,7 +58,7 @@ def test_energy_takes_the_fewest_terms_that_hold_it(values: torch.Tensor, fracti
 
 
 def test_nothing_has_rank_0() -> None:
-    assert spectrum.rank_at(torch.zeros(3), 1.0) == 0
+    assert rank_at(torch.zeros(3), 1.0) == 0
     assert spectrum.rank(Noise(), torch.zeros(3), (3, 3)) == 0
     assert spectrum.share(Budget(5), {}, {}) == {}
 
@@ -78,7 +79,7 @@ def test_a_budget_is_kept_and_no_term_is_better_elsewhere(values: list[torch.Ten
     assert sum(5 * rank for rank in found.values()) <= limit
 
     def error(ranks: Any) -> float:
-        return sum(float(spectrum.tail(one)[rank]) for one, rank in zip(values, ranks, strict=True))
+        return sum(float(tail(one)[rank]) for one, rank in zip(values, ranks, strict=True))
 
     legal = itertools.product(*(range(len(one) + 1) for one in values))
     best = min(error(ranks) for ranks in legal if 5 * sum(ranks) <= limit)
@@ -102,18 +103,18 @@ def test_a_term_is_weighed_against_its_cost() -> None:
 @pytest.mark.parametrize("beta", [0.05, 0.25, 0.5, 0.75, 1.0])
 def test_the_threshold_is_the_published_one(beta: float) -> None:
     """Gavish & Donoho 2014: 2.858 of a square matrix, and the cubic of equation 5, right to 0.02."""
-    found = spectrum.noise_threshold(torch.ones(3), (round(beta * 10_000), 10_000))
+    found = noise_threshold(torch.ones(3), (round(beta * 10_000), 10_000))
     cubic = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
     assert found == pytest.approx(cubic, abs=0.02)
     assert beta < 1 or found == pytest.approx(2.858, abs=6e-4)
-    assert spectrum.noise_threshold(2 * torch.ones(3), (10_000, round(beta * 10_000))) == 2 * found
+    assert noise_threshold(2 * torch.ones(3), (10_000, round(beta * 10_000))) == 2 * found
 
 
 def test_noise_has_no_terms_and_a_signal_above_it_has_its_own() -> None:
     noise = random(60, 90) * 0.01
     signal = random(60, 2, 1) @ random(2, 90, 2)
-    assert spectrum.rank(Noise(), spectrum.spectrum(noise), (60, 90)) == 0
-    assert spectrum.rank(Noise(), spectrum.spectrum(signal + noise), (60, 90)) == 2
+    assert spectrum.rank(Noise(), singular_values(noise), (60, 90)) == 0
+    assert spectrum.rank(Noise(), singular_values(signal + noise), (60, 90)) == 2
 
 
 def test_the_rank_of_each_rule() -> None:
@@ -153,4 +154,4 @@ def test_other_rules_are_refused(given_: dict[str, Any], kind: type[Exception], 
 
 def test_what_is_no_number_has_no_spectrum() -> None:
     with pytest.raises(NotFinite, match="NaN or infinite"):
-        spectrum.spectrum(torch.full((2, 2), math.nan))
+        singular_values(torch.full((2, 2), math.nan))

@@ -24,6 +24,7 @@ LAYERS = {
     "stats": 1,
     "text": 1,
     "factors": 2,
+    "spectra": 2,
     "objectives": 2,
     "groups": 2,
     "healing": 2,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import models
 from ..linalg import check_matrix
+from ..spectra import singular_values
 from . import losses, spectrum, targets
 from .batches import Batch, evaluating
 from .tuning import Tuning
@@ -80,4 +81,4 @@ def _spectra(
 def _spectrum(name: str, weight: Tensor) -> Tensor:
     if weight.grad is None:
         return torch.zeros(min(weight.shape), dtype=torch.float64)
-    return spectrum.spectrum(check_matrix(weight.grad.float(), f"the gradient of {name}")).cpu()
+    return singular_values(check_matrix(weight.grad.float(), f"the gradient of {name}")).cpu()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NotFinite
-from . import checkpoints, spectrum
+from ..spectra import rank_at, singular_values
+from . import checkpoints
 from .checkpoints import Checkpoint
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def changed(name: str, before: Tensor, after: Tensor) -> Changed:
     shape = tuple(before.shape)
     if norm == 0 or difference.ndim != 2:
         return Changed(name, shape, change, norm)
-    values = spectrum.spectrum(difference)
-    ranks = (spectrum.rank_at(values, 0.5), spectrum.rank_at(values, 0.9), spectrum.rank_at(values, 0.99))
+    values = singular_values(difference)
+    ranks = (rank_at(values, 0.5), rank_at(values, 0.9), rank_at(values, 0.99))
     largest = float(values[0])
     return Changed(name, shape, change, norm, largest, (norm / largest) ** 2, ranks)

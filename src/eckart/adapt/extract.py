@@ -16,6 +16,7 @@ from ..linalg import Metric, weighted_error, weighted_svd
 from ..measure import Comparison
 from ..ranks import Energy, Fixed
 from ..recipe import Recipe
+from ..spectra import singular_values
 from . import apply as exact
 from . import checkpoints, fitting, spectrum
 from .checkpoints import Checkpoint
@@ -134,7 +135,7 @@ def extract(
         rank: at most this rank for every matrix, or
         energy: the share of every (weighted) squared spectrum to hold, or
         params: parameters of all factors together, for the least summed (weighted) squared error, or
-        noise: the terms above the threshold of eckart.adapt.spectrum.noise_threshold (unweighted).
+        noise: the terms above the threshold of eckart.spectra.noise_threshold (unweighted).
         carry: what becomes of other tensors that differ: `all` go into the adapter whole, `small`: those
             of one dimension (norms and biases), `none`.
         reading: text to weight by and to measure on (eckart.adapt.reading.reading): the error is then
@@ -258,7 +259,7 @@ def _budgeted(view: _View, chosen: Budget, watch: Watch) -> dict[str, int]:
     for done, name in enumerate(view.pairs.linears, 1):
         _, difference = view.read(name)
         if bool(difference.any()):
-            spectra[name] = spectrum.spectrum(difference, view.metrics.get(name))
+            spectra[name] = singular_values(difference, view.metrics.get(name))
             shapes[name] = (difference.shape[0], difference.shape[1])
         watch("spectra", done, len(view.pairs.linears))
     return spectrum.share(chosen, spectra, shapes)
@@ -274,7 +275,7 @@ def _decomposed(
     else:
         # Noise is white in the weights, not in the metric of the inputs.
         plain = isinstance(rule, Noise) and metric is not None
-        values = spectrum.spectrum(difference) if plain else found.spectrum
+        values = singular_values(difference) if plain else found.spectrum
         rank = spectrum.rank(rule, values, (outputs, inputs))
     product = LowRank(found.left[:, :rank], found.right[:rank])
     product = product.balanced() if rank else product

@@ -15,11 +15,11 @@ from ..factors import FactoredLinear, LowRank, LowRankLinear, PivotedLinear
 from ..linalg import Metric, weighted_svd
 from ..measure import Comparison
 from ..recipe import Recipe
+from ..spectra import tail
 from . import apply as exact
 from . import quantised, store
 from .reading import Watch, moments, silent
 from .resize import thin_svd
-from .spectrum import tail
 from .store import Adapter, Factors, Nf4
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from .. import hub
 from ..errors import ConfigError, ModelError, RankError
 from ..factors import LowRank
 from ..linalg import SVD
+from ..spectra import tail
 from . import spectrum
 from .spectrum import Budget, Rule
 from .store import Adapter, Factors
@@ -176,7 +177,7 @@ def _cut(one: Factors, svd: SVD, rank: int) -> Factors:
 
 
 def _row(name: str, one: Factors, values: Tensor, rank: int) -> Row:
-    errors = spectrum.tail(values)
+    errors = tail(values)
     lost = float(errors[rank] / errors[0]) if float(errors[0]) > 0 else 0.0
     return Row(name, one.shape, one.rank, rank, 1 - lost, lost**0.5)
 

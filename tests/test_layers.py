@@ -100,6 +100,10 @@ LAYERS = {
     "commands_quantise": 16,
     "evaluating": 16,
     "commands_share": 17,
+    "commands_spectrum": 17,
+    "survey": 3,
+    "report_survey": 4,
+    "surveying": 16,
     "cli": 20,
     "__main__": 21,
     "quant": 0,
@@ -142,6 +146,7 @@ LAYERS = {
     "streaming.parts": 10,
     "streaming.publish": 11,
     "streaming.stream": 12,
+    "streaming.matrices": 13,
     "streaming.passes": 13,
     "streaming.job": 14,
     "streaming.decompose": 15,
@@ -186,7 +191,7 @@ LOWEST_WITH_TRANSFORMERS = LAYERS["kinds"]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 PRINTING = (
     "cli", "terminal", "commands_tune", "commands_adapters", "commands_params", "commands_quantise",
-    "commands_export", "commands_share", "commands_pretrain",
+    "commands_export", "commands_share", "commands_pretrain", "commands_spectrum",
 )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from .scratch.preset import from_config
 from .scratch.pretrain import pretrain
 from .stats import collect
 from .streaming.execute import compress_to
+from .surveying import spectrum
 
 __all__ = [
     "ConfigError",
@@ -63,6 +64,7 @@ __all__ = [
     "resize",
     "save",
     "share",
+    "spectrum",
     "tie",
     "tune",
     "untie",

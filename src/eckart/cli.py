@@ -15,6 +15,7 @@ from . import (
     commands_params,
     commands_quantise,
     commands_share,
+    commands_spectrum,
     evaluating,
     healing,
     hub,
@@ -376,6 +377,7 @@ commands_export.register(app)
 commands_quantise.register(app)
 commands_pretrain.register(app)
 commands_share.register(app)
+commands_spectrum.register(app)
 
 
 if __name__ == "__main__":

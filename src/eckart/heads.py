@@ -7,15 +7,16 @@ flows: only our loader runs these. Found by structure, verified by behaviour, li
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import dimensions, models, width
 from .dimensions import Dimension
 from .factors import PartialLinear
 from .linalg import Metric, to_float64
+from .models import Target
 from .width import Narrowing
 
 _RIDGE = 1e-9
@@ -78,6 +79,66 @@ def found(model: Any, candidates: Sequence[Dimension]) -> list[Heads]:
         if roles is not None:
             made.append(_heads(model, dimension, *roles))
     return made
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """A matrix of an attention as its heads: `count` times `size` rows, or columns."""
+
+    side: Literal["rows", "columns"]
+    count: int
+    size: int
+
+    def slices(self) -> list[slice]:
+        """Return where each head stands."""
+        return [slice(start, start + self.size) for start in range(0, self.count * self.size, self.size)]
+
+
+def cuts(model: nn.Module) -> dict[str, Cut]:
+    """Return how the projections of the attentions of `model` are made of heads, by shapes alone.
+
+    Queries, keys and values are cut in rows, what reads them in columns; grouped keys and values have fewer
+    heads. Where the three are one matrix, it is not cut. Whatever does not fit the number of heads that the
+    config of the attention tells has no heads. Works on the meta device.
+    """
+    linears = [
+        Target(name, (linear.out_features, linear.in_features))
+        for name, linear in ((name, models.find(model, name)) for name in models.linear_names(model))
+    ]
+    mlps = {found.name for found in dimensions.find(model, linears) if found.kind == "mlp"}
+    found: dict[str, Cut] = {}
+    for name, group in dimensions.homes(model, linears).items():
+        roles = None if name in mlps else dimensions.heads_of(group)
+        if roles is not None:
+            found |= _cut(_head_count(model, name), *roles)
+    return found
+
+
+def _head_count(model: Any, home: str) -> int:
+    """Return how many query heads the attention called `home` has by its config; 0 where it does not say."""
+    config = getattr(model.get_submodule(home), "config", None) or getattr(model, "config", None)
+    if config is None:
+        return 0
+    told = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(told, "num_attention_heads", None) or 0
+
+
+def _cut(count: int, reader: Target, writers: Sequence[Target]) -> dict[str, Cut]:
+    inputs, rows = reader.shape[1], sorted(writer.shape[0] for writer in writers)
+    if not count or inputs % count:
+        return {}
+    size = inputs // count
+    if len(rows) == 3:
+        shared, fits = rows[0], rows == [rows[0], rows[0], inputs]
+    else:
+        shared, rest = divmod(rows[0] - inputs, 2)
+        fits = len(rows) == 1 and shared > 0 and rest == 0
+    if not fits or shared % size or count % (shared // size):
+        return {}
+    found = {reader.name: Cut("columns", count, size)}
+    if len(rows) == 3:
+        found |= {writer.name: Cut("rows", writer.shape[0] // size, size) for writer in writers}
+    return found
 
 
 def places(per_head: Tensor, count: int, size: int) -> Tensor:

@@ -1,0 +1,91 @@
+"""The command `spectrum`."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import render, report_survey, surveying
+from .bars import Bars
+from .errors import ConfigError, StoreError
+from .survey import Survey
+from .tasks import TASKS
+from .terminal import AsJson, Bos, DataSources, Device, Remote, Sources, failures, show
+
+
+def spectrum(
+    model: Annotated[str, typer.Argument(help="Hub id, folder (compressed or not) or .gguf file.")],
+    text: Sources = None,
+    data: DataSources = None,
+    include: Annotated[list[str] | None, typer.Option(help="Globs on module names to look at.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Globs on module names to leave out.")] = None,
+    ends: Annotated[bool, typer.Option("--ends", help="Embeddings and output head as well.")] = False,
+    split: Annotated[
+        str | None, typer.Option("--split", metavar="none|fused", help="Look at q, k, v of one matrix apart.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help=f"What the model is for: {', '.join(TASKS)}; default: as stored.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to take second moments on (32768).")] = None,
+    gradient_tokens: Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which windows are taken (0).")] = None,
+    damp: Annotated[
+        float | None, typer.Option(help="Damping of the metrics, in units of their mean (1e-4).")
+    ] = None,
+    bos: Bos = None,
+    limit: Annotated[int, typer.Option(help="Matrices to show.")] = report_survey.LIMIT,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file to write all singular values to; must not exist.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --out.")] = False,
+    device: Device = None,
+    trust_remote_code: Remote = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how low-rank a model is: the singular values of every matrix, plain and on text."""
+    with failures():
+        if limit < 0:
+            raise ConfigError(f"limit {limit}: must be at least 0")
+        if out is not None:
+            _check(out, overwrite)
+        with Bars() as bars:
+            found = surveying.spectrum(
+                model, text=text, data=data, include=include, exclude=exclude, ends=ends,
+                split=split, task=task, tokens=tokens,  # type: ignore[arg-type]
+                gradient_tokens=gradient_tokens, seq_len=seq_len, seed=seed, damp=damp, bos=bos,
+                device=device, trust_remote_code=trust_remote_code, watch=bars.watch,
+            )  # fmt: skip
+        if out is not None:
+            _write(found, out)
+        show(render.to_json(found.to_dict()) if as_json else report_survey.tables(found, limit), as_json)
+        if out is not None and not as_json:
+            print(f"written to {out}")
+
+
+def _check(out: Path, overwrite: bool) -> None:
+    """Raise StoreError unless the file can be written: known before the work, not after it."""
+    if out.is_dir() or (out.exists() and not overwrite):
+        advice = "name a file" if out.is_dir() else "choose another --out, or pass --overwrite to replace it"
+        raise StoreError(f"{out} exists: {advice}")
+    parent = out.absolute().parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise StoreError(f"{out} cannot be written: {parent} is not a folder that can be written to")
+
+
+def _write(found: Survey, out: Path) -> None:
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        partial.write_text(json.dumps(found.values_dict()) + "\n", encoding="utf-8")
+        os.replace(partial, out)
+    except OSError as error:
+        raise StoreError(f"{out} cannot be written: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command()(spectrum)

@@ -12,7 +12,7 @@ from .spectra import ENERGIES, SHARES, TOP, counts, resolution
 from .survey import ENOUGH, Matrix, MetricName, Spectrum, Survey, held
 
 LIMIT = 20
-_RANKS = f"rank at {' / '.join(f'{100 * share:g}' for share in ENERGIES)} %"
+_RANKS = f"{'/'.join(f'{100 * share:g}' for share in ENERGIES)} %"
 _ENOUGH = f"{ENOUGH:.0%}".replace("%", " %")
 
 Rows = list[tuple[str, ...]]
@@ -32,7 +32,7 @@ def _condition(found: Spectrum) -> str:
     return f"{value:.2g}" if math.isfinite(value) else f"> {1 / resolution(found.shape):.2g}"
 
 
-MATRICES = ("matrix", "m x n", _RANKS, "/ break-even", "stable", "effective", "above noise", "condition")
+MATRICES = ("matrix", "m x n", _RANKS, "rel.", "stable", "effective", "> noise", "condition")
 
 
 def matrix_rows(matrices: Sequence[Matrix], metric: MetricName) -> Rows:
@@ -41,7 +41,7 @@ def matrix_rows(matrices: Sequence[Matrix], metric: MetricName) -> Rows:
     for one in matrices:
         found = one.whole.measures[metric]
         rows.append((
-            one.name, _by(one.whole.shape), " / ".join(map(str, found.ranks)),
+            one.name, _by(one.whole.shape), "/".join(map(str, found.ranks)),
             f"{one.whole.share(metric):.2f}", f"{found.stable_rank:.1f}", f"{found.effective_rank:.0f}",
             str(one.whole.noise.above), _condition(one.whole),
         ))  # fmt: skip
@@ -145,9 +145,10 @@ def _of_kind(survey: Survey, kind: str, own: Sequence[Matrix]) -> str:
 
 def _notes(survey: Survey, limit: int) -> list[str]:
     notes = [
-        f"sorted by the rank that holds {_ENOUGH} of the energy in the {survey.strongest} metric over the "
-        "break-even rank mn / (m + n): below 1, two factors are smaller than the matrix",
-        "above noise: plain singular values beyond the edge of Marchenko and Pastur, of white noise with the "
+        f"{_RANKS}: the ranks that hold so much of the energy (the squared norm), {survey.strongest} metric",
+        f"sorted by rel., the rank at {_ENOUGH} over the break-even rank mn / (m + n): below 1, two factors "
+        "are smaller than the matrix",
+        "> noise: plain singular values beyond the edge of Marchenko and Pastur, of white noise with the "
         "same median singular value; condition: of the plain matrix",
         "float64, from Gram matrices: values below "
         f"{max(resolution(one.whole.shape) for one in survey.matrices):.0e} of the largest are rounding",

@@ -32,7 +32,7 @@ from eckart.survey import Matrix, Spectrum, Survey
 
 from . import tiny
 
-SMALL = {"tokens": 1024, "gradient_tokens": 512, "seq_len": 64}
+SMALL: dict[str, Any] = {"tokens": 1024, "gradient_tokens": 512, "seq_len": 64}
 CASES = {
     "grouped": "llama",
     "own head": "llama-bias-untied",

@@ -28,9 +28,10 @@ import adapters_show
 import torch
 
 from eckart import environment, hub
-from eckart.adapt import batches, difference, examples, spectrum, tune
+from eckart.adapt import batches, difference, examples, tune
 from eckart.adapt.judge import Judged, judge
 from eckart.adapt.tuning import Tuning
+from eckart.spectra import singular_values
 
 RESULTS = Path("benchmarks/results/adapters.json")
 TEST_BATCH = 8
@@ -206,7 +207,7 @@ def changes(model: Any, before: dict[str, torch.Tensor]) -> list[dict[str, Any]]
     for name, after in model.state_dict().items():
         if after.ndim != 2 or name == "lm_head.weight":
             continue
-        values = spectrum.spectrum((after - before[name]).double())
+        values = singular_values((after - before[name]).double())
         energy = values.square().cumsum(0) / values.square().sum()
         at = {"2": 2, "8": 8, "32": 32, **{f"{share}%": len(values) * share // 100 for share in (5, 10)}}
         shares = {f"energy_top_{what}": float(energy[rank - 1]) for what, rank in at.items()}

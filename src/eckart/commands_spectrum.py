@@ -9,8 +9,8 @@ import typer
 
 from . import render, report_survey, surveying
 from .bars import Bars
+from .checkpoint import appearing
 from .errors import ConfigError, StoreError
-from .survey import Survey
 from .tasks import TASKS
 from .terminal import AsJson, Bos, DataSources, Device, Remote, Sources, failures, show
 
@@ -59,7 +59,8 @@ def spectrum(
                 device=device, trust_remote_code=trust_remote_code, watch=bars.watch,
             )  # fmt: skip
         if out is not None:
-            _write(found, out)
+            with appearing(out) as partial:
+                partial.write_text(json.dumps(found.values_dict()) + "\n", encoding="utf-8")
         show(render.to_json(found.to_dict()) if as_json else report_survey.tables(found, limit), as_json)
         if out is not None and not as_json:
             print(f"written to {out}")
@@ -73,17 +74,6 @@ def _check(out: Path, overwrite: bool) -> None:
     parent = out.absolute().parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise StoreError(f"{out} cannot be written: {parent} is not a folder that can be written to")
-
-
-def _write(found: Survey, out: Path) -> None:
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.write_text(json.dumps(found.values_dict()) + "\n", encoding="utf-8")
-        os.replace(partial, out)
-    except OSError as error:
-        raise StoreError(f"{out} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def register(app: typer.Typer) -> None:

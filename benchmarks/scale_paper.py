@@ -1,12 +1,19 @@
 """What a streamed compression costs by arithmetic, from sizes and rates; see docs/scale.md.
 
     python benchmarks/scale_paper.py
+    python benchmarks/scale_paper.py --against benchmarks/results/scale.json      beside what was measured
 
 Nothing is measured here but what is said to be. Method eckart, form pivoted, default numbers of tokens.
 """
 
-from collections.abc import Iterable
+import argparse
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import scale
 
 from eckart import render
 from eckart.recipe import Recipe
@@ -82,10 +89,10 @@ def passing(model: Model) -> float:
     return weights * (2 * TOKENS + GRADIENT_TOKENS + 2 * EVAL_TOKENS)
 
 
-def summing(model: Model) -> float:
+def summing(model: Model, tokens: int = TOKENS, gradient_tokens: int = GRADIENT_TOKENS) -> float:
     """FLOPs of the second moments of one block, in float32; of wide inputs, of a sketch."""
     inputs = sum(square(n) + (2 * n * SKETCH if n > WIDEST_FULL else 0) for n in model.inputs())
-    return 2.0 * (TOKENS * inputs + GRADIENT_TOKENS * sum(square(m) for m, _ in model.matrices()))
+    return 2.0 * (tokens * inputs + gradient_tokens * sum(square(m) for m, _ in model.matrices()))
 
 
 def products(shape: tuple[int, int]) -> float:
@@ -113,9 +120,14 @@ def share(costs: Iterable[float], devices: int) -> float:
     return max(sum(c for c, owner in zip(own, owners, strict=True) if owner == i) for i in range(devices))
 
 
+def decomposing(model: Model, device: Device) -> list[float]:
+    """Seconds that each matrix of one block takes to decompose."""
+    return [products(shape) / device.double + eigen(shape) / device.eigen for shape in model.matrices()]
+
+
 def hours(model: Model, device: Device, devices: int) -> dict[str, float]:
     """Hours of each term, which come one after the other."""
-    costs = [products(shape) / device.double + eigen(shape) / device.eigen for shape in model.matrices()]
+    costs = decomposing(model, device)
     weights = STORED * (model.blocks * block_parameters(model) + 2 * model.vocabulary * model.hidden)
     found = {
         "passes": model.blocks * passing(model) / device.compute / devices,
@@ -159,11 +171,42 @@ def memory(model: Model, device: Device) -> float:
     return 1.1 * (weights + inside)
 
 
+def compared(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return a table of CPU seconds a block by these formulas and as benchmarks/scale.py measured them."""
+    device, cells = RATES["one CPU core, measured"], []
+    for row in rows:
+        if row["whole"] or row["form"] != "pivoted":
+            continue
+        shape = scale.SHAPES[row["shape"]]
+        keys = shape.hidden // shape.heads * shape.groups
+        model = Model(shape.hidden, shape.inner, keys, row["blocks"], shape.heads, scale.VOCABULARY)
+        moments = summing(model, row["tokens"], row["tokens"] // 2) / device.single
+        again = 2.0 * block_parameters(model) * (row["tokens"] + row["tokens"] // 2) / device.compute
+        decompositions = sum(decomposing(model, device))
+        paper = moments + again + decompositions
+        steps = row["steps"]
+        cells.append([
+            row["shape"], str(row["blocks"]), f"{again:.0f}", f"{moments:.0f}", f"{decompositions:.0f}",
+            f"{paper:.0f}", f"{steps['decompose']:.0f}", f"{steps['forward']:.0f}", f"{steps['write']:.0f}",
+        ])  # fmt: skip
+    columns = [
+        "shape", "blocks", "again and back", "moments", "decompositions", "sum", "measured",
+        "forward, measured", "forming and writing, measured",
+    ]  # fmt: skip
+    return render.markdown_table(columns, cells)
+
+
 def hours_text(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--against", type=Path, help="results of benchmarks/scale.py")
+    against = parser.parse_args().against
+    if against:
+        print(compared(json.loads(against.read_text())["rows"]))
+        return
     rows, disks = [], []
     for place, device in RATES.items():
         for name, model in MODELS.items():

@@ -138,6 +138,18 @@ LAYERS = {
     "scratch.report_pretrain": 17,
     "scratch.pretrain": 18,
     "scratch.commands_pretrain": 19,
+    "speed": 0,
+    "speed.options": 1,
+    "speed.spread": 1,
+    "speed.timing": 2,
+    "speed.decoding": 5,
+    "speed.layers": 5,
+    "speed.shapes": 13,
+    "speed.alone": 16,
+    "speed.result": 17,
+    "speed.report_speed": 18,
+    "speed.run": 18,
+    "speed.commands_bench": 19,
     "streaming": 0,
     "streaming.activations": 2,
     "streaming.shards": 10,
@@ -191,7 +203,7 @@ LOWEST_WITH_TRANSFORMERS = LAYERS["kinds"]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 PRINTING = (
     "cli", "terminal", "commands_tune", "commands_adapters", "commands_params", "commands_quantise",
-    "commands_export", "commands_share", "commands_pretrain", "commands_spectrum",
+    "commands_export", "commands_share", "commands_pretrain", "commands_spectrum", "commands_bench",
 )  # fmt: skip
 
 

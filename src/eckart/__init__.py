@@ -28,6 +28,7 @@ from .plugin import densify
 from .recipe import Recipe
 from .scratch.preset import from_config
 from .scratch.pretrain import pretrain
+from .speed.run import bench, bench_layers
 from .stats import collect
 from .streaming.execute import compress_to
 from .surveying import spectrum
@@ -44,6 +45,8 @@ __all__ = [
     "Recipe",
     "StoreError",
     "__version__",
+    "bench",
+    "bench_layers",
     "collect",
     "compress",
     "compress_to",

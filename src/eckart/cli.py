@@ -32,6 +32,7 @@ from .mend import Ward
 from .recipe import Recipe
 from .result import Result
 from .scratch import commands_pretrain
+from .speed import commands_bench
 from .streaming import execute
 from .tasks import TASKS
 from .terminal import (
@@ -378,6 +379,7 @@ commands_quantise.register(app)
 commands_pretrain.register(app)
 commands_share.register(app)
 commands_spectrum.register(app)
+commands_bench.register(app)
 
 
 if __name__ == "__main__":

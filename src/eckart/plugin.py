@@ -44,11 +44,11 @@ class EckartQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Take the guard away before the model is built (transformers >= 5.20)."""
-        return _without_guard(config)
+        return without_guard(config)
 
     def update_tp_plan(self, config: Any) -> Any:
         """Take the guard away before the model is built (transformers < 5.20)."""
-        return _without_guard(config)
+        return without_guard(config)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         build_skeleton(model, self.quantization_config)
@@ -108,7 +108,8 @@ def _floating(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in tensors if tensor.is_floating_point()}
 
 
-def _without_guard(config: Any) -> Any:
+def without_guard(config: Any) -> Any:
+    """Return `config` without what stops a transformers that lacks this package, which is removed from it."""
     if getattr(config, "_attn_implementation", None) == GUARD:
         config._attn_implementation = None
     if getattr(config, "transformers_weights", None) == GUARD:

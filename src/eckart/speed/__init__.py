@@ -1,0 +1,1 @@
+"""How fast models are, and the shapes that they are made of: measured in turn, on this machine."""

@@ -4,10 +4,12 @@ import os
 import platform
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
+_CPUS = Path("/proc/cpuinfo")
 _PACKAGES = ("eckart", "torch", "transformers", "safetensors", "tokenizers", "numpy")
 
 
@@ -27,8 +29,25 @@ def describe() -> dict[str, Any]:
         "machine": {
             "system": platform.system(),
             "processor": platform.machine(),
+            "processor_model": _processor_model(),
             "cpus": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
             "accelerator": None if accelerator is None else str(accelerator),
+            "accelerator_model": _accelerator_model(),
         },
     }
+
+
+def _processor_model() -> str | None:
+    """Return what the CPU calls itself, or None where it does not say."""
+    if _CPUS.is_file():
+        named = (
+            line for line in _CPUS.read_text(encoding="utf-8").splitlines() if line.startswith("model name")
+        )
+        found = next(named, "").partition(":")[2].strip()
+        return found or None
+    return platform.processor() or None
+
+
+def _accelerator_model() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -43,11 +43,11 @@ class Alone:
     """What a model took in a process of its own; bytes of a device that keeps count, else of main memory.
 
     Args:
-        load: seconds of each loading, tokenizer included, weights on the device; files may be in the cache of
-            the system from the second one on.
+        load: seconds of each loading, tokenizer included, weights on the device. The first one also imports
+            the model's code, and finds no file in the cache of the system where it was not there before.
         resting: bytes before loading, interpreter and libraries.
         loading, running: peak bytes while it was loaded for the first time, and while the largest setting was
-            run once after that.
+            run once after that. Weights of a file that are used as they are stored may come when they are used.
         exact: False where the system cannot tell the two peaks apart.
     """
 

@@ -55,7 +55,7 @@ def check_length(config: Any, source: str, setting: Setting) -> None:
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def greedy(
     model: Any, ids: Tensor, new_tokens: int, *, clock: Clock = time.perf_counter, finite: bool = False
 ) -> Pass:

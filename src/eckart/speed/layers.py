@@ -166,7 +166,7 @@ def _bytes(module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check(forms: Mapping[str, Any], inputs: Tensor) -> None:
     """Raise ModelError unless each of `forms` maps `inputs` to what its matrix does, but for rounding."""
     for name, module in forms.items():
@@ -196,7 +196,7 @@ def _timed(
     return calls, {name: Spread(tuple(values)) for name, values in seconds.items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _block(turns: Iterator[nn.Module], inputs: Tensor, calls: int, clock: Clock) -> float:
     """Return the seconds of a call, of `calls` in a row; the next block begins where this one ends."""
     modules = list(itertools.islice(turns, calls))

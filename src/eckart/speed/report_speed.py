@@ -31,8 +31,8 @@ def speed_tables(result: Speed) -> RenderableType:
     parts: list[RenderableType] = [table(title, columns, subject_rows(result))]
     parts += [table(str(row.setting), columns, figure_rows(row)) for row in result.rows]
     parts += [Text(f"note: {remark}") for remark in remarks(result)]
-    decoding = "greedy, with a cache of keys and values, end-of-text ignored"
-    return Group(*parts, Text(f"{_protocol(result.options.rounds, result.machine)}; {decoding}"))
+    protocol = _protocol(result.options.rounds, result.machine, in_turn=result.against is not None)
+    return Group(*parts, Text(f"{protocol}; greedy, with a cache of keys and values, end-of-text ignored"))
 
 
 def subject_rows(result: Speed) -> list[tuple[str, ...]]:
@@ -128,10 +128,11 @@ def _busy(machine: Machine) -> list[str]:
     ]
 
 
-def _protocol(rounds: Rounds, machine: Machine) -> str:
+def _protocol(rounds: Rounds, machine: Machine, *, in_turn: bool) -> str:
+    order = ", in turn, every other one in reverse" if in_turn else ""
     return (
-        f"median (quartiles) of {rounds.runs} rounds after {rounds.warmup} to warm up, in turn, every other "
-        f"one in reverse; {machine.dtype} on {machine.device}, threads: {machine.threads}"
+        f"median (quartiles) of {rounds.runs} rounds after {rounds.warmup} to warm up{order}; "
+        f"{machine.dtype} on {machine.device}, threads: {machine.threads}"
     )
 
 
@@ -147,7 +148,7 @@ def layer_table(result: LayerSpeeds) -> RenderableType:
         table(f"linear maps of {result.source} at keep {result.options.keep:g}", LAYER_COLUMNS, rows),
         *(Text(f"note: {note}") for note in notes),
         Text(legend),
-        Text(_protocol(result.options.rounds, result.machine)),
+        Text(_protocol(result.options.rounds, result.machine, in_turn=True)),
     )
 
 

@@ -47,7 +47,7 @@ class Alone:
             the model's code, and finds no file in the cache of the system where it was not there before.
         resting: bytes before loading, interpreter and libraries.
         loading, running: peak bytes while it was loaded for the first time, and while the largest setting was
-            run once after that. Weights of a file that are used as they are stored may come when they are used.
+            run once after that. Weights that are used as they are stored may come when they are first used.
         exact: False where the system cannot tell the two peaks apart.
     """
 

@@ -268,9 +268,9 @@ def lines(rows: list[Mapping[str, Any]]) -> list[str]:
         times = torch.tensor([row["cpu_seconds"] for row in own], dtype=torch.float64)
         if len(set(counts.tolist())) > 1:
             slope = float(torch.cov(torch.stack([counts, times]))[0, 1] / counts.var())
-            fixed, how = float(times.mean() - slope * counts.mean()), "fitted"
+            fixed, how = float(times.mean() - slope * counts.mean()), "through two runs"
             worst = float(((fixed + slope * counts - times) / times).abs().max())
-            how += f", off by {worst:.1%} at most"
+            how = how if len(own) == 2 else f"fitted to {len(own)} runs, off by {worst:.1%} at most"
         else:
             slope = sum(own[-1]["steps"].get(stage, 0) for stage in ("forward", "decompose", "write"))
             fixed, how = float(times[-1] - slope * counts[-1]), "from the steps of one run"

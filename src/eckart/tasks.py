@@ -11,7 +11,7 @@ from .errors import ConfigError, ModelError
 
 AUTO = "auto"
 CAUSAL = "causal-lm"
-Input = Literal["windows", "masked", "continued", "texts", "images", "sound", "pairs", "either"]
+Input = Literal["windows", "masked", "continued", "texts", "images", "sound", "pairs", "either", "data"]
 _MAPPING = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -25,6 +25,14 @@ _MAPPING = {
     "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForCTC": "MODEL_FOR_CTC_MAPPING_NAMES",
     "AutoModelForZeroShotImageClassification": "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES",
+    "AutoModelForNextSentencePrediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES",
+    "AutoModelForVisualQuestionAnswering": "MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForDocumentQuestionAnswering": "MODEL_FOR_DOCUMENT_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForVideoClassification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForMaskedImageModeling": "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES",
+    "AutoModelForAudioFrameClassification": "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
 }
 
 
@@ -77,6 +85,19 @@ _ROWS: tuple[tuple[str, str, Input, str, str], ...] = (
     ("zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "pairs",
      "zero-shot-image-classification",
      "of finding the text of each picture in its batch, and the picture of each text"),
+    ("image-text-to-text", "AutoModelForImageTextToText", "data", "image-text-to-text", _LABELS),
+    ("multiple-choice", "AutoModelForMultipleChoice", "data", "multiple-choice", _LABELS),
+    ("next-sentence-prediction", "AutoModelForNextSentencePrediction", "data", "text-classification",
+     _LABELS),
+    ("visual-question-answering", "AutoModelForVisualQuestionAnswering", "data",
+     "visual-question-answering", _LABELS),
+    ("document-question-answering", "AutoModelForDocumentQuestionAnswering", "data",
+     "document-question-answering", _LABELS),
+    ("video-classification", "AutoModelForVideoClassification", "data", "video-classification", _LABELS),
+    ("masked-image-modeling", "AutoModelForMaskedImageModeling", "data", "image-feature-extraction",
+     _DISTANCE),
+    ("audio-frame-classification", "AutoModelForAudioFrameClassification", "data", "audio-classification",
+     _LABELS),
     ("feature-extraction", "AutoModel", "either", "feature-extraction", _DISTANCE),
 )  # fmt: skip
 TASKS: dict[str, Task] = {row[0]: Task(*row) for row in _ROWS}

@@ -39,6 +39,8 @@ ROWS: tuple[tuple[str, Sharing], ...] = (
     ("eckart", Sharing(ONE)),
     ("eckart", Sharing(ONE, "attention")),
     ("eckart", Sharing(ONE, differences=64)),
+    ("svd-llm", Sharing(ONE)),
+    ("svd-llm", Sharing(ONE, "attention")),
 )
 
 

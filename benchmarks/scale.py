@@ -26,15 +26,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as token_models
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig
 
 from eckart import environment, memory, render
+from eckart.scratch import tokens
 
 OUT = Path("benchmarks/results/scale.json")
 CASES = ("1B:2", "1B:4", "1B:8", "1B:2:whole", "1B:4:whole", "3B:2", "7B:2")
 VOCABULARY = 32_000
+BYTES = 257
+"""Tokens of the tokenizer: text is only there to have some."""
 COLUMNS = [
     "shape", "blocks", "", "model GB", "--memory GB", "estimate GB", "peak GB", "estimate / peak",
     "read GB", "read / model", "disk GB", "forward s", "decompose s", "write s", "whole s",
@@ -108,18 +109,8 @@ def build(folder: Path, shape: Shape, blocks: int) -> int:
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     config(shape, blocks).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
+    tokens.train([], BYTES).save_pretrained(folder)
     return total
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Return one token per byte: text is only there to have tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<s>": 0, "</s>": 1} | {letter: index + 2 for index, letter in enumerate(alphabet)}
-    inner = Tokenizer(token_models.BPE(vocab=vocabulary, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
 
 class Fullest:
@@ -181,7 +172,7 @@ def measure(folder: Path, out: Path, options: argparse.Namespace, promise: str |
         began, before = time.perf_counter(), os.times()
         if promise is None:
             model, result = eckart.compress(str(folder), recipe=recipe, watch=watch)
-            eckart.save(model, tokenizer(), out)
+            eckart.save(model, tokens.train([], BYTES), out)
         else:
             opened: list[shards.Shards] = []
             _listen(need, found, opened)

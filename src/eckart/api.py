@@ -35,7 +35,8 @@ from .result import Healed, Result
 Sources = str | Path | Sequence[str | Path]
 
 
-def _sources(given: Sources | None) -> tuple[str, ...] | None:
+def sources(given: Sources | None) -> tuple[str, ...] | None:
+    """Return one source, or several, as a recipe has them; None as it is."""
     if given is None:
         return None
     return (str(given),) if isinstance(given, (str, Path)) else tuple(map(str, given))
@@ -132,12 +133,12 @@ def compress(
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
         "correction": correction, "correction_rank": correction_rank,
         "correction_storage": correction_storage, "stock": stock, "depth": depth, "split": split,
-        "text": _sources(text), "eval_text": _sources(eval_text),
-        "include": _sources(include), "exclude": _sources(exclude),
+        "text": sources(text), "eval_text": sources(eval_text),
+        "include": sources(include), "exclude": sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),
         "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed,
         "dtype": dtype, "device": device,
-        "foreign_text": _sources(foreign_text), "heal": heal,
+        "foreign_text": sources(foreign_text), "heal": heal,
     }  # fmt: skip
     by_name = isinstance(model, (str, Path))
     if by_name:
@@ -209,11 +210,11 @@ def quantise(
         NotFinite: a weight, a statistic or a logit is NaN or infinite.
     """
     given = {
-        "keep": 1.0, "storage": storage, "embeddings": embeddings, "text": _sources(text),
+        "keep": 1.0, "storage": storage, "embeddings": embeddings, "text": sources(text),
         "correction": correction, "correction_rank": correction_rank,
         "correction_storage": correction_storage,
-        "eval_text": _sources(eval_text), "foreign_text": _sources(foreign_text), "method": method,
-        "exclude": _sources(exclude), "tokens": tokens, "gradient_tokens": gradient_tokens,
+        "eval_text": sources(eval_text), "foreign_text": sources(foreign_text), "method": method,
+        "exclude": sources(exclude), "tokens": tokens, "gradient_tokens": gradient_tokens,
         "seq_len": seq_len, "seed": seed, "dtype": dtype, "device": device,
     }  # fmt: skip
     by_name = isinstance(model, (str, Path))
@@ -283,10 +284,10 @@ def heal(
     )
     stored = own.model.dtype if not isinstance(model, (str, Path)) else own.stored
     models.cast(own.model, torch.float32)
-    resolved = replace(settings or Healing(), text=_sources(text) or ())
+    resolved = replace(settings or Healing(), text=sources(text) or ())
     return mend.healed(
         own, dense, resolved,
-        texts=(_sources(eval_text) or (), _sources(foreign_text) or ()),
+        texts=(sources(eval_text) or (), sources(foreign_text) or ()),
         tokens=eval_tokens, bos=bos, ward=mend.Ward(_path(work), _path(cache)),
         dtype=hub.dtype(dtype) if dtype else stored, watch=watch,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Sharing in a few calls: blocks that share matrices, embeddings and head that are one matrix, or two."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,12 @@ from .api import Sources
 from .groups import Sharing, Start, What
 from .joined import Joined, Tied
 from .recipe import Recipe
-
-Watch = Callable[[str, int, int], None]
+from .stages import Watch
 
 
 def _recipe(given: dict[str, Any], where: str) -> Recipe:
     names = ("text", "eval_text", "foreign_text", "exclude")
-    lists: dict[str, Any] = {name: api._sources(given[name]) for name in names if name in given}
+    lists: dict[str, Any] = {name: api.sources(given[name]) for name in names if name in given}
     return recipes.from_mapping(recipes.override({}, {"keep": 1.0, **given, **lists}), where)
 
 

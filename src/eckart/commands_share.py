@@ -1,7 +1,6 @@
 """The commands `share`, `tie` and `untie`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +8,8 @@ import typer
 
 from . import api, api_sharing, groups, hub, render
 from .bars import Bars
-from .joined import Joined
-from .joining import Watch
+from .joined import Joined, Tied
+from .stages import Watch
 from .terminal import (
     AsJson,
     Bos,
@@ -73,14 +72,17 @@ def share(
     as_json: AsJson = False,
 ) -> None:
     """Let blocks of a model share their matrices, fitted to all of them."""
-    with _written(model, out, trust_remote_code, overwrite, as_json) as (watch, made):
-        made[:] = api_sharing.share(
+
+    def make(watch: Watch) -> Any:
+        return api_sharing.share(
             model, group, what=what, differences=differences, scales=scales, start=start,  # type: ignore[arg-type]
             text=text, eval_text=eval_text, foreign_text=foreign_text, method=method, exclude=exclude,
             tokens=tokens, gradient_tokens=gradient_tokens, seq_len=seq_len, eval_tokens=eval_tokens,
             damp=damp, seed=seed, bos=bos, dtype=dtype, device=device,
             trust_remote_code=trust_remote_code, watch=watch,
         )  # fmt: skip
+
+    _write(make, model, out, trust_remote_code, overwrite, as_json)
 
 
 def tie(
@@ -102,12 +104,15 @@ def tie(
     as_json: AsJson = False,
 ) -> None:
     """Make embeddings and output head one matrix, fitted to both."""
-    with _written(model, out, trust_remote_code, overwrite, as_json) as (watch, made):
-        made[:] = api_sharing.tie(
+
+    def make(watch: Watch) -> Any:
+        return api_sharing.tie(
             model, text=text, eval_text=eval_text, method=method, tokens=tokens,
             gradient_tokens=gradient_tokens, seq_len=seq_len, eval_tokens=eval_tokens, seed=seed,
             bos=bos, dtype=dtype, device=device, trust_remote_code=trust_remote_code, watch=watch,
         )  # fmt: skip
+
+    _write(make, model, out, trust_remote_code, overwrite, as_json)
 
 
 def untie(
@@ -119,29 +124,33 @@ def untie(
     as_json: AsJson = False,
 ) -> None:
     """Give the output head a matrix of its own, with the values of the embeddings."""
-    with _written(model, out, trust_remote_code, overwrite, as_json) as (_, made):
-        made[:] = api_sharing.untie(model, device=device, trust_remote_code=trust_remote_code)
+
+    def make(watch: Watch) -> Any:
+        return api_sharing.untie(model, device=device, trust_remote_code=trust_remote_code)
+
+    _write(make, model, out, trust_remote_code, overwrite, as_json)
 
 
-@contextmanager
-def _written(
-    source: str, out: Path, trust_remote_code: bool | None, overwrite: bool, as_json: bool
-) -> Iterator[tuple[Watch, list[Any]]]:
-    """Give what to tell of progress, and a list for the model and what is found; then write and show both."""
+def _write(
+    make: Callable[[Watch], tuple[Any, Joined | Tied]],
+    source: str,
+    out: Path,
+    trust_remote_code: bool | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the model that `make` returns, and show what it found."""
     with failures():
         hub.check_output(out, overwrite, source)
-        made: list[Any] = []
         with Bars() as bars:
             bars.watch("load", 0, 1)
-            yield bars.watch, made
-            model, found = made
+            model, found = make(bars.watch)
             bars.watch("write", 0, 1)
             tokenizer = hub.load_tokenizer(source, trust_remote_code=bool(trust_remote_code))
             api.save(model, tokenizer, out, found, source=source, overwrite=overwrite)
             bars.watch("write", 1, 1)
-        if isinstance(found, Joined):
-            found = found.with_file_bytes(hub.weight_bytes(out))
-        show(render.to_json(found.to_dict()) if as_json else found, as_json)
+        done = found.with_file_bytes(hub.weight_bytes(out)) if isinstance(found, Joined) else found
+        show(render.to_json(done.to_dict()) if as_json else done, as_json)
         if not as_json:
             print(f"written to {out}")
 

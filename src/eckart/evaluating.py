@@ -1,13 +1,12 @@
 """Perplexity of a model on text, and how far it is from another one."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import hub, measure, models, text
-from .api import Sources, loaded
+from .api import Sources, loaded, sources
 from .errors import ConfigError, ModelError
 from .measure import Comparison, Perplexity
 
@@ -53,12 +52,12 @@ def evaluate(
     return measure.compare(first.model, second.model, windows, watch)
 
 
-def _eval_windows(sources: Sources, tokenizer: Any, tokens: int, seq_len: int, bos: bool) -> torch.Tensor:
+def _eval_windows(given: Sources, tokenizer: Any, tokens: int, seq_len: int, bos: bool) -> torch.Tensor:
     if tokenizer is None:
         raise ModelError("text needs a tokenizer: pass tokenizer=")
     if tokens < 2 or seq_len < 2:
         raise ConfigError(f"tokens {tokens}, seq_len {seq_len}: both must be at least 2")
-    parts = [text.tokenize(text.read(source, tokenizer), tokenizer) for source in _each(sources)]
+    parts = [text.tokenize(text.read(source, tokenizer), tokenizer) for source in sources(given) or ()]
     return text.windows(torch.cat(parts)[:tokens], seq_len, text.begin_token(tokenizer, bos))
 
 
@@ -69,7 +68,3 @@ def _same_vocabulary(first: hub.Loaded, second: hub.Loaded) -> None:
             f"{first.source} has a vocabulary of {own} and {second.source} of {other}: "
             "models with different tokenizers cannot be compared token by token"
         )
-
-
-def _each(sources: Sources) -> list[str]:
-    return [str(sources)] if isinstance(sources, (str, Path)) else list(map(str, sources))

@@ -1,6 +1,5 @@
 """Compressed models in forms that need no eckart."""
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,12 +9,12 @@ import torch
 from . import hub, models, plugin, render, stores, tasks
 from .errors import ConfigError, ModelError
 from .losses import dtype_of
+from .stages import Watch, silent
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 TARGETS = ("dense",)
-Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,7 @@ def export(
         ModelError: the model cannot be read, or is not compressed.
         StoreError: `out` exists.
     """
-    show: Watch = watch or (lambda stage, done, total: None)
+    show: Watch = watch or silent
     source, out = str(source), Path(out)
     if to not in TARGETS:
         raise ConfigError(f"form {to!r}: legal are {', '.join(TARGETS)}")

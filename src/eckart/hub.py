@@ -240,7 +240,7 @@ def load_preparation(source: str, task: Task, *, trust_remote_code: bool = False
 
     For pictures, sound and pairs there may be none (None): data may be prepared already.
     """
-    if task.input not in ("images", "sound", "pairs", "either", "data"):
+    if task.reads_text:
         return load_tokenizer(source, trust_remote_code=trust_remote_code)
     for loader in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor, AutoTokenizer):
         try:

@@ -21,9 +21,8 @@ from .models import Target
 from .recipe import Recipe
 from .result import Measured, Module, Quality
 from .shared import SharedLinear
+from .stages import Watch, silent
 from .stores import stored
-
-Watch = Callable[[str, int, int], None]
 
 
 def check(recipe: Recipe, wanted: Sharing) -> None:
@@ -45,7 +44,7 @@ def join(
         RankError: differences have a higher rank than a matrix.
         NotFinite: a weight, a statistic or a logit is NaN or infinite.
     """
-    show: Watch = watch or (lambda stage, done, total: None)
+    show: Watch = watch or silent
     check(recipe, wanted)
     model, warnings, clock = kinds.unfold(_dense(loaded.model)), list[str](), time.perf_counter()
     groups = sharing.twins(model, wanted, recipe.exclude)

@@ -14,8 +14,8 @@ from .errors import ConfigError, ModelError
 from .healing import Healing, Refined
 from .lessons import SELF, Lessons
 from .quant import straight
-from .refine import Watch
 from .result import Healed, Quality
+from .stages import Watch, silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def healed(
         dtype: of the output.
         watch: called with (stage, done, total).
     """
-    show: Watch = watch or (lambda stage, done, total: None)
+    show: Watch = watch or silent
     clock, model = time.perf_counter(), own.model
     tokenizer = own.tokenizer or dense.tokenizer
     _check(model, dense.model, tokenizer, healing)

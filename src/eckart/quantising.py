@@ -33,10 +33,10 @@ from .linalg import Metric
 from .models import LowRankModule, Target
 from .recipe import AUTO, FLOAT, Recipe
 from .result import Measured, Module, Quality, Result
+from .stages import Watch, silent
 from .stores import stored
 from .windows import Windows
 
-Watch = Callable[[str, int, int], None]
 Progress = Callable[[int, int], None]
 
 
@@ -114,7 +114,7 @@ def quantise(
     written = written_bytes(model, dtype)
     kinds.unfold(model)
     try:
-        _, found = _quantised(recipe, loaded, watch or (lambda stage, done, total: None), material)
+        _, found = _quantised(recipe, loaded, watch or silent, material)
     finally:
         plugin.mark(kinds.fold(model))
     # Files hold the stock modules.

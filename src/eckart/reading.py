@@ -30,7 +30,7 @@ def read(recipe: Recipe, loaded: hub.Loaded, warnings: list[str]) -> Windows:
             return windows.read(recipe, loaded.tokenizer, warnings)
         if not recipe.text:
             return Windows(None, None, None, False)
-        if task.input in ("images", "sound", "pairs", "data"):
+        if task.needs_data:
             raise ConfigError(f"task {task.name} is not run on text: give --data, {samples.LEGAL}")
         return _of_text(recipe, loaded, task)
     if recipe.text or recipe.eval_text:

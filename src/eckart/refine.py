@@ -15,9 +15,8 @@ from . import blockwise, closed, distil, measure, models, reallocate
 from .checkpoint import Checkpoint
 from .healing import Healing, Refined, Refinement
 from .lessons import Lessons
+from .stages import Watch
 from .training import is_main, trained_names, training
-
-Watch = Callable[[str, int, int], None]
 
 
 def heal(

@@ -222,8 +222,7 @@ def _healing_section(result: Result) -> str:
 
 def _card_head(result: Result, folder: str) -> str:
     version, task = environment.describe()["versions"]["eckart"], tasks.get(result.task)
-    takes_text = task.input in ("windows", "masked", "continued", "texts")
-    preparation, what = ("AutoTokenizer", "tokenizer") if takes_text else ("AutoProcessor", "processor")
+    preparation, what = ("AutoTokenizer", "tokenizer") if task.reads_text else ("AutoProcessor", "processor")
     return f"""---
 library_name: transformers
 pipeline_tag: {task.tag}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import heads, hub, kinds, models, plugin, reading, recipe, routing, running, splitting, stores
-from .api import Sources, loaded, loaded_for
+from .api import Sources, loaded, loaded_for, sources
 from .calibrate import Calibrated
 from .errors import ModelError
 from .factorize import by_block, matrix_metrics, shortages, statistics_of
@@ -83,8 +83,8 @@ def spectrum(
         NotFinite: a weight, a statistic or a logit is NaN or infinite.
     """
     given = {
-        "keep": 1.0, "text": _listed(text), "data": _listed(data), "include": _listed(include),
-        "exclude": _listed(exclude), "split": split, "task": task, "tokens": tokens,
+        "keep": 1.0, "text": sources(text), "data": sources(data), "include": sources(include),
+        "exclude": sources(exclude), "split": split, "task": task, "tokens": tokens,
         "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed, "damp": damp, "bos": bos,
         "device": device, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
@@ -98,12 +98,6 @@ def spectrum(
     if by_name and _in_parts(resolved):
         return _of_files(resolved, ends, run)
     return _of_model(resolved, _dense(resolved, model, tokenizer, run), ends, run)
-
-
-def _listed(given: Sources | None) -> tuple[str, ...]:
-    if given is None:
-        return ()
-    return (str(given),) if isinstance(given, (str, Path)) else tuple(map(str, given))
 
 
 def _in_parts(resolved: Recipe) -> bool:

@@ -55,6 +55,16 @@ class Task:
     loss: str
 
     @property
+    def reads_text(self) -> bool:
+        """Whether text alone is what it is run on."""
+        return self.input in ("windows", "masked", "continued", "texts")
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it cannot be run on text."""
+        return self.input in ("images", "sound", "pairs", "data")
+
+    @property
     def loader(self) -> Any:
         """The Auto class."""
         return getattr(transformers, self.auto)

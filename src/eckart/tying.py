@@ -16,9 +16,9 @@ from .linalg import Metric, weighted_error
 from .quant.stored import StoredEmbedding, StoredHead
 from .recipe import Recipe
 from .result import Measured
+from .stages import Watch, silent
 from .stats import Statistic
 
-Watch = Callable[[str, int, int], None]
 _GRAM: Statistic = "gram"
 _GRADIENT: Statistic = "gradient"
 
@@ -96,7 +96,7 @@ def tie(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Tied:
         ModelError: there are no two such matrices, or the class of the model has none that can be tied.
         NotFinite: a weight, a statistic or a logit is NaN or infinite.
     """
-    show: Watch = watch or (lambda stage, done, total: None)
+    show: Watch = watch or silent
     model = loaded.model
     table, head = _ends(model)
     before = models.parameter_count(model)

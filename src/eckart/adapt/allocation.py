@@ -10,11 +10,10 @@ from torch import Tensor
 from .. import models
 from ..linalg import check_matrix
 from ..spectra import singular_values
+from ..stages import Watch
 from . import losses, spectrum, targets
 from .batches import Batch, evaluating
 from .tuning import Tuning
-
-Watch = Callable[[str, int, int], None]
 
 
 def ranks(

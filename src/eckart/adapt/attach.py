@@ -15,12 +15,12 @@ from ..errors import ConfigError, ModelError, RankError
 from ..factors import LowRank
 from ..linalg import Metric, to_float64, weighted_error
 from ..quant import correction
+from ..stages import Watch
 from . import quantised, targets
 from .batches import Batch
 from .store import Nf4
 from .tuning import CORRECTING, MUTATING, Init, Tuning
 
-Watch = Callable[[str, int, int], None]
 ADAPTER = "default"
 _ALLOCATIONS = 50
 """AdaLoRA gives up ranks so many times between its first and its last phase."""

@@ -17,12 +17,13 @@ from ..measure import Comparison
 from ..ranks import Energy, Fixed
 from ..recipe import Recipe
 from ..spectra import singular_values
+from ..stages import Watch, silent
 from . import apply as exact
 from . import checkpoints, fitting, spectrum
 from .checkpoints import Checkpoint
 from .difference import relative, subtract
 from .fitting import Pairs
-from .reading import Watch, moments, silent
+from .reading import moments
 from .spectrum import Budget, Noise, Rule
 from .store import Adapter, Factors
 

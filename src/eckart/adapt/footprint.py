@@ -28,6 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import models
 from ..errors import ModelError
+from ..stages import silent
 from ..training import around, precision, recomputed
 from . import attach, quantised, targets
 from .tuning import Method, Tuning
@@ -125,7 +126,7 @@ def _prepared(model: Any, own: Tuning, ranks: Mapping[str, int], place: torch.de
     with torch.device("meta"):
         attached = attach.attach(
             made, own, ranks, (), steps=_STEPS, passes=1, compute=compute, around=nullcontext,
-            watch=lambda stage, done, total: None,
+            watch=silent,
         )  # fmt: skip
     return attached.model.train()
 

@@ -16,9 +16,10 @@ from ..linalg import Metric, weighted_svd
 from ..measure import Comparison
 from ..recipe import Recipe
 from ..spectra import tail
+from ..stages import Watch, silent
 from . import apply as exact
 from . import quantised, store
-from .reading import Watch, moments, silent
+from .reading import moments
 from .resize import thin_svd
 from .store import Adapter, Factors, Nf4
 

@@ -1,6 +1,6 @@
 """Text for adapters: how it is read, and what it says of the inputs of a model's matrices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,12 +9,7 @@ from torch import Tensor
 from .. import calibrate
 from ..linalg import Metric
 from ..recipe import Recipe
-
-Watch = Callable[[str, int, int], None]
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Watch nothing."""
+from ..stages import Watch
 
 
 def reading(

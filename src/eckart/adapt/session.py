@@ -10,6 +10,7 @@ import torch
 
 from .. import hub, models
 from ..errors import ConfigError, ModelError
+from ..stages import Watch, silent
 from ..training import is_main
 from . import quantised, report_tune
 from .tuned import Prospect, Tuned
@@ -17,8 +18,6 @@ from .tuning import Tuning, from_mapping
 
 if TYPE_CHECKING:
     from .attach import Attached
-
-Watch = Callable[[str, int, int], None]
 
 
 def tune(
@@ -32,7 +31,7 @@ def tune(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     before: Callable[[Prospect], None] = lambda prospect: None,
-    watch: Watch = lambda stage, done, total: None,
+    watch: Watch = silent,
     **settings: Any,
 ) -> tuple[Any, Tuned]:
     """Tune a model, or an adapter on it, on examples; compressed folders are tuned as they are.

@@ -8,13 +8,14 @@ from typing import Any
 from .. import hub
 from ..construct import parse_size
 from ..report_healing import known
+from ..stages import Watch
 from . import cards, store
 from . import extract as extraction
 from . import merge as merging
 from . import resize as resizing
 from .extract import Carry, Extracted
 from .merge import Merged
-from .reading import Watch, reading
+from .reading import reading
 from .resize import Resized
 from .store import Adapter
 

@@ -14,6 +14,7 @@ from .. import hub, measure, memory, models, refine, teacher
 from ..errors import ConfigError, ModelError, NotFinite, StoreError
 from ..factors import LowRank
 from ..scratch.persuade import Persuade
+from ..stages import Watch, silent
 from ..training import around, is_main, precision, processes, recomputed
 from . import allocation, attach, batches, examples, footprint, store, targets, trainer
 from .adalora import Allocation
@@ -23,7 +24,6 @@ from .judge import Judged, judge
 from .tuned import Prospect, Tuned
 from .tuning import Tuning
 
-Watch = Callable[[str, int, int], None]
 _KEY = "key.json"
 
 
@@ -34,7 +34,7 @@ def tune(
     work: Path,
     callbacks: Sequence[TrainerCallback] = (),
     before: Callable[[Prospect], None] = lambda prospect: None,
-    watch: Watch = lambda stage, done, total: None,
+    watch: Watch = silent,
 ) -> tuple[Attached, Tuned]:
     """Tune a model, in place; end in the best state on held-out data.
 

@@ -14,14 +14,13 @@ from .. import hub, models, text
 from ..adapt.session import work_folder
 from ..adapt.tuned import Prospect, Tuned
 from ..errors import ConfigError, ModelError
+from ..stages import Watch, silent
 from ..training import is_main
 from . import preset, report_pretrain, tokens
 from .pretraining import Pretraining, from_mapping
 
 if TYPE_CHECKING:
     from .switch import Switched
-
-Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,7 @@ def pretrain(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     before: Callable[[Prospect], None] = lambda prospect: None,
-    watch: Watch = lambda stage, done, total: None,
+    watch: Watch = silent,
     **given: Any,
 ) -> tuple[Any, Pretrained]:
     """Train a model from scratch, low-rank from the first step, after a warm-up at full rank, or not at all.

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import factors, ranks
 from ..errors import ModelError
 from ..factors import FORMS, MODULES, Form
+from ..stages import Watch
 from .options import LayerOptions
 from .spread import Quotient, Spread, quotient
 from .timing import Clock, in_turn, synchronise
@@ -30,7 +31,6 @@ _MOST_CALLS = 10_000
 _WRONG = 0.05
 """Relative error beyond any rounding, that of bfloat16 included."""
 Shape = tuple[int, int]
-Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from .. import api, environment, hub, models
 from ..adapt import loading
 from ..errors import ConfigError, ModelError
 from ..losses import dtype_of
+from ..stages import Watch
 from . import alone, decoding, layers, shapes
 from .decoding import Pass
 from .layers import Shape
@@ -21,8 +22,6 @@ from .options import KEEP, LAYER_TOKENS, LayerOptions, Options, Rounds, Setting,
 from .result import Figures, LayerSpeeds, Machine, Row, Speed, Subject
 from .spread import Spread
 from .timing import Clock, fixed_threads, in_turn, load_average
-
-Watch = Callable[[str, int, int], None]
 
 
 def bench(

@@ -52,14 +52,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=6_144, help="to calibrate on, all with gradients")
     parser.add_argument("--eval-tokens", type=int, default=4_096)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument(
+        "--damp", type=float, help="of the metrics, in units of their mean; default: eckart's"
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=list(range(len(ROWS))))
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sharing.json"))
     return parser.parse_args()
 
 
-def key(method: str, wanted: Sharing) -> str:
-    return json.dumps({"method": method, **asdict(wanted)}, sort_keys=True)
+def key(method_and_wanted: tuple[str, Sharing], damp: float | None) -> str:
+    method, wanted = method_and_wanted
+    strength = {} if damp is None else {"damp": damp}
+    return json.dumps({"method": method, **asdict(wanted), **strength}, sort_keys=True)
 
 
 def row(
@@ -95,7 +100,7 @@ def show(results: Mapping[str, Any]) -> str:
             (
                 found["groups"],
                 found["what"],
-                found["method"],
+                found["method"] + (f", damped by {found['damp']:g}" if found.get("damp") else ""),
                 str(found["differences"] or ""),
                 "yes" if found["scales"] else "",
                 f"{found['linears_kept']:.3f}",
@@ -111,7 +116,7 @@ def show(results: Mapping[str, Any]) -> str:
 def main() -> None:
     options = arguments()
     results = json.loads(options.out.read_text()) if options.out.is_file() else {"rows": {}}
-    wanted = [ROWS[place] for place in options.rows if key(*ROWS[place]) not in results["rows"]]
+    wanted = [ROWS[place] for place in options.rows if key(ROWS[place], options.damp) not in results["rows"]]
     if wanted and not options.show:
         fill(options, results, wanted)
     print(show(results))
@@ -120,7 +125,7 @@ def main() -> None:
 def fill(options: argparse.Namespace, results: dict[str, Any], wanted: list[tuple[str, Sharing]]) -> None:
     recipe = Recipe(
         keep=1.0, text=tuple(options.text), tokens=options.tokens, gradient_tokens=options.tokens,
-        seq_len=options.seq_len,
+        seq_len=options.seq_len, **({} if options.damp is None else {"damp": options.damp}),
     )  # fmt: skip
     loaded = hub.load(options.model, place=torch.device("cpu"))
     held_out = text.shares(
@@ -148,7 +153,8 @@ def fill(options: argparse.Namespace, results: dict[str, Any], wanted: list[tupl
         "date": time.strftime("%Y-%m-%d"), **environment.describe(),
     }  # fmt: skip
     for method, one in wanted:
-        results["rows"][key(method, one)] = row(recipe, method, one, loaded.model, calibrated, held_out)
+        found = row(recipe, method, one, loaded.model, calibrated, held_out)
+        results["rows"][key((method, one), options.damp)] = found | {"damp": options.damp}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=2) + "\n")
         print(show(results).splitlines()[-1], flush=True)

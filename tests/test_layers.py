@@ -37,6 +37,7 @@ LAYERS = {
     "embeddings": 3,
     "lessons": 3,
     "losses": 3,
+    "several": 3,
     "methods": 3,
     "ranks": 3,
     "shared": 3,

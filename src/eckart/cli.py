@@ -20,6 +20,7 @@ from . import (
     healing,
     hub,
     pipeline,
+    planning,
     recipe,
     render,
     report,
@@ -221,7 +222,7 @@ def _print_plan(resolved: Recipe, as_json: bool) -> None:
     remote = resolved.trust_remote_code
     model = hub.skeleton(resolved.model, task=resolved.task, trust_remote_code=remote)
     stored = hub.stored_dtype(resolved.model, trust_remote_code=remote)
-    plan = pipeline.plan(resolved, model, stored)
+    plan = planning.plan(resolved, model, stored)
     show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
 
 

@@ -11,7 +11,7 @@ from . import environment, report_healing, tasks
 from .choices import Choice
 from .hub import DTYPES
 from .measure import Comparison, Perplexity
-from .pipeline import Plan
+from .planning import Plan
 from .quant import storage
 from .recipe import FLOAT, Recipe, to_yaml
 from .render import markdown_table, table, to_json

@@ -58,22 +58,23 @@ class Cached:
     def measured(self, rows: Tensor, make: Callable[[], Perplexity]) -> Perplexity:
         """Return the perplexity of the dense model on windows `rows` (k, seq_len)."""
         key = {**self.model, "rows": identity.of_tensors({"rows": rows})}
-        return self._values("dense", key, make, asdict, lambda found: Perplexity(**found))
+        found = self._values("dense", key, lambda: asdict(make()))
+        return Perplexity(**found)
 
     def blocks(
         self, rows: Tensor, names: Sequence[str], make: Callable[[], dict[str, float]]
     ) -> dict[str, float]:
         """Return what it costs on windows `rows` to leave out each block, of the targets `names`."""
         key = {**self.model, "rows": identity.of_tensors({"rows": rows}), "targets": list(names)}
-        return self._values("blocks", key, make, dict, dict)
+        return self._values("blocks", key, make)
 
     def _values(
-        self, kind: str, key: Mapping[str, Any], make: Callable[[], Any], pack: Any, unpack: Any
-    ) -> Any:
+        self, kind: str, key: Mapping[str, Any], make: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
         return self.shelf.fetch(
             kind, key, make,
-            lambda work, found: work.write_json(_VALUES, pack(found)),
-            lambda work: unpack(work.read_json(_VALUES)),
+            lambda work, found: work.write_json(_VALUES, found),
+            lambda work: work.read_json(_VALUES),
             warnings=self.warnings,
         )  # fmt: skip
 

@@ -24,8 +24,30 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     for name, tensor in tensors.items():
         found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         flat = tensor.detach().reshape(-1)
-        for part in flat.split(_AT_ONCE):
-            found.update(part.cpu().contiguous().view(torch.uint8).numpy())
+        for part in torch.split(flat, _AT_ONCE):
+            found.update(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def of_source(source: str) -> str:
+    """Return the hash of a file, or of the files of a folder; the name of what is neither.
+
+    Links are followed. Hidden files and folders inside of it do not count.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _of_file(path)
+    if not path.is_dir():
+        return source
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    return hashlib.sha256("".join(f"{file.name} {_of_file(file)}\n" for file in files).encode()).hexdigest()
+
+
+def _of_file(file: Path) -> str:
+    with file.open("rb") as opened:
+        found = hashlib.sha256()
+        while part := opened.read(_AT_ONCE):
+            found.update(part)
     return found.hexdigest()
 
 

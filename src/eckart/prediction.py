@@ -35,7 +35,7 @@ class Correction:
         for (left, below), (right, above) in pairwise(self.knots):
             if predicted <= right:
                 share = math.log(predicted / left) / math.log(right / left)
-                return below * (above / below) ** share
+                return float(below * (above / below) ** share)
         raise AssertionError("knots ascend")
 
 

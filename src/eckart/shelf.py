@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock
 
-from .errors import StoreError
+from .errors import ConfigError, StoreError
 from .streaming.work import Work
 
 FORMAT = 1
@@ -46,6 +46,17 @@ def default_folder() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "eckart"
+
+
+def shelf_to_read(named: Path | None, none: bool) -> "Shelf | None":
+    """Return the cache of a command that takes what is there, and keeps only in a folder that is `named`.
+
+    Raises:
+        ConfigError: a folder is named, and none is wanted.
+    """
+    if named is not None and none:
+        raise ConfigError(f"got a cache, {named}, and no cache: give one of them")
+    return None if none else Shelf(named or default_folder(), writes=named is not None)
 
 
 @dataclass(frozen=True, slots=True)

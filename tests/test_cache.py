@@ -1,6 +1,7 @@
 """The cache: what is taken from it is what would be made, to the bit, and nothing else is found there."""
 
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -277,9 +278,9 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     for system, parts in (("linux", (".cache",)), ("darwin", ("Library", "Caches")),
                           ("win32", ("AppData", "Local"))):  # fmt: skip
-        monkeypatch.setattr(shelf.sys, "platform", system)
+        monkeypatch.setattr(sys, "platform", system)
         assert shelf.default_folder() == tmp_path.joinpath(*parts, "eckart")
-    monkeypatch.setattr(shelf.sys, "platform", "linux")
+    monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert shelf.default_folder() == tmp_path / "xdg" / "eckart"
     monkeypatch.setenv(shelf.VARIABLE, str(tmp_path / "own"))

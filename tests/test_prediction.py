@@ -38,7 +38,7 @@ def test_one_point_multiplies_by_its_ratio(predicted: float, measured: float, ot
 
 def test_between_points_a_power_law_is_met_and_not_by_the_prediction_alone() -> None:
     def law(predicted: float) -> float:
-        return 3 * predicted**1.4
+        return float(3 * predicted**1.4)
 
     correction = prediction.fit([(p, law(p)) for p in (0.01, 0.1, 1.0)])
     for predicted in (0.02, 0.05, 0.7):
@@ -51,11 +51,8 @@ def test_between_points_a_power_law_is_met_and_not_by_the_prediction_alone() -> 
 
 def test_falling_measurements_are_pooled_by_the_mean_of_their_logarithms() -> None:
     correction = prediction.fit([(1.0, 4.0), (2.0, 1.0), (3.0, 8.0)])
-    assert correction.knots == (
-        (1.0, pytest.approx(2.0)),
-        (2.0, pytest.approx(2.0)),
-        (3.0, pytest.approx(8.0)),
-    )
+    assert [place for place, _ in correction.knots] == [1.0, 2.0, 3.0]
+    assert [level for _, level in correction.knots] == pytest.approx([2.0, 2.0, 8.0])
 
 
 def test_increases_without_a_logarithm_say_nothing() -> None:

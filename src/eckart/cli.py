@@ -14,6 +14,7 @@ from . import (
     commands_export,
     commands_params,
     commands_quantise,
+    commands_report,
     commands_share,
     commands_spectrum,
     evaluating,
@@ -23,10 +24,12 @@ from . import (
     recipe,
     render,
     report,
+    reporting,
 )
 from .adapt import commands_adapters, commands_tune
 from .bars import Bars
 from .errors import ConfigError
+from .files import check_new
 from .healing import Healing
 from .mend import Ward
 from .recipe import Recipe
@@ -47,6 +50,7 @@ from .terminal import (
     ForeignSources,
     Model,
     Overwrite,
+    Page,
     Precision,
     Remote,
     Sources,
@@ -167,6 +171,7 @@ def compress(
         str | None,
         typer.Option(help="Go block by block, from weight files to weight files, within e.g. 6GB."),
     ] = None,
+    html: Page = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
@@ -197,6 +202,8 @@ def compress(
         if out is None:
             raise ConfigError("no --out: name the folder to write, or pass --dry-run to see the plan")
         hub.check_output(out, overwrite, resolved.model)
+        if html is not None:
+            check_new(html, overwrite, "--html")
         resolved.check_text()
         if memory is not None:
             result = _stream(resolved, out, memory, overwrite)
@@ -204,9 +211,11 @@ def compress(
             result = _run(resolved, out, overwrite, cache)
         if not is_main():
             return
+        if html is not None:
+            reporting.write_result(out.name, result, html)
         show(render.to_json(result.to_dict()) if as_json else result, as_json)
         if not as_json:
-            print(f"written to {out}")
+            print(f"written to {out}" + ("" if html is None else f"\nwritten to {html}"))
 
 
 def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
@@ -380,6 +389,7 @@ commands_pretrain.register(app)
 commands_share.register(app)
 commands_spectrum.register(app)
 commands_bench.register(app)
+commands_report.register(app)
 
 
 if __name__ == "__main__":

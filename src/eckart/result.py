@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .healing import Healing, Refined
 from .losses import MeasuredLoss
 from .measure import Perplexity
+from .pages.notebook import Shown
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Result(Shown):
     """Everything that the report says.
 
     `source_bytes` is the size of the input's weight files, `file_bytes` that of the output's, both
@@ -141,7 +142,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Healed:
+class Healed(Shown):
     """What healing a compressed model did; `quality` and `foreign` are None where nothing was measured."""
 
     source: str

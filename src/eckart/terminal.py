@@ -64,6 +64,12 @@ Storage = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", help="HTML file to write as well: it needs no network; replaced by --overwrite alone."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -136,8 +136,8 @@ def _modules(found: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
     return [
         (
             one["name"], " x ".join(map(str, one["shape"])), one["form"], one["rank"],
-            one.get("storage", "float"), one["before"], one["after"], _quotient(one["after"], one["before"]), float(one["energy"]),
-            float(one["loss"]),
+            one.get("storage", "float"), one["before"], one["after"],
+            _quotient(one["after"], one["before"]), float(one["energy"]), float(one["loss"]),
         )
         for one in found
     ]  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 import sys
+from html import escape
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +22,7 @@ from typer.testing import CliRunner
 import eckart
 from eckart import ConfigError, StoreError, reporting
 from eckart.cli import app
-from eckart.pages import documents, facts, fronts, html, page, pictures, scales, spectra
+from eckart.pages import documents, facts, fronts, page, pictures, scales, spectra
 from eckart.pages.notebook import plain
 from eckart.pages.parts import Curve, Grid, Point, Spectra
 from eckart.survey import Survey
@@ -190,7 +191,7 @@ def test_hostile_names_stay_text(report: dict[str, Any], survey: Survey) -> None
     values["spectra"]["matrices"][0]["kind"] = HOSTILE
     text = page.page([(HOSTILE, bad), ("b", values)])
     checked(text)
-    assert html.escape(HOSTILE) in text
+    assert escape(HOSTILE) in text
     assert embedded(text)["matrices"][0]["name"] == HOSTILE
     assert "<img" not in page.fragment(documents.sections(bad, "a"))
 

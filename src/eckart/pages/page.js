@@ -98,12 +98,12 @@
       axes(svg);
       const even = x(Math.min(Math.max(now.even, 1), now.count));
       svg.append(draw("line", { x1: even, x2: even, y1: T, y2: H - B, class: "line plain" }));
-      svg.append(draw("text", { x: even - 6, y: H - B - 8, "text-anchor": "end" }, `break-even ${now.even.toFixed(1)}`));
       svg.append(draw("path", { d: path(now.relative), class: "line s0" }));
       svg.append(draw("path", { d: path(now.errors), class: "line s1" }));
       marker = draw("line", { y1: T, y2: H - B, class: "axis" });
       dots = ["s0", "s1"].map((kind) => draw("circle", { r: 5, class: `mark ${kind}` }));
       svg.append(marker, ...dots);
+      svg.append(draw("text", { x: even - 6, y: H - B - 8, "text-anchor": "end", class: "halo" }, `break-even ${now.even.toFixed(1)}`));
       const key = document.createElement("ul");
       key.className = "legend";
       for (const [kind, label] of [["s0", "singular value / largest"], ["s1", "relative error of the best approximation of this rank"]]) {

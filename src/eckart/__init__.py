@@ -11,6 +11,7 @@ from .adapt.session import tune
 from .adapt.toolbox import extract, merge, resize
 from .api import compress, heal, load, quantise, save
 from .api_sharing import share, tie, untie
+from .comparing import compare
 from .curving import curve
 from .errors import (
     ConfigError,
@@ -50,6 +51,7 @@ __all__ = [
     "bench",
     "bench_layers",
     "collect",
+    "compare",
     "compress",
     "compress_to",
     "curve",

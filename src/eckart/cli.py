@@ -16,6 +16,7 @@ from . import (
     commands_heal,
     commands_params,
     commands_quantise,
+    commands_report,
     commands_share,
     commands_spectrum,
     commands_sweep,
@@ -27,10 +28,12 @@ from . import (
     recipe,
     render,
     report,
+    reporting,
 )
 from .adapt import commands_adapters, commands_tune
 from .bars import Bars
 from .errors import ConfigError
+from .files import check_new
 from .healing import Healing
 from .mend import Ward
 from .recipe import Recipe
@@ -51,6 +54,7 @@ from .terminal import (
     Model,
     NoCache,
     Overwrite,
+    Page,
     Remote,
     RunCache,
     Sources,
@@ -176,6 +180,7 @@ def compress(
         str | None,
         typer.Option(help="Go block by block, from weight files to weight files, within e.g. 6GB."),
     ] = None,
+    html: Page = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
@@ -207,6 +212,8 @@ def compress(
         if out is None:
             raise ConfigError("no --out: name the folder to write, or pass --dry-run to see the plan")
         hub.check_output(out, overwrite, resolved.model)
+        if html is not None:
+            check_new(html, overwrite, "--html")
         resolved.check_text()
         if memory is not None:
             result = _stream(resolved, out, memory, overwrite)
@@ -216,9 +223,11 @@ def compress(
             )
         if not is_main():
             return
+        if html is not None:
+            reporting.write_result(out.name, result, html)
         show(render.to_json(result.to_dict()) if as_json else result, as_json)
         if not as_json:
-            print(f"written to {out}")
+            print(f"written to {out}" + ("" if html is None else f"\nwritten to {html}"))
 
 
 def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
@@ -301,6 +310,7 @@ commands_bench.register(app)
 commands_curve.register(app)
 commands_sweep.register(app)
 commands_heal.register(app)
+commands_report.register(app)
 
 
 if __name__ == "__main__":

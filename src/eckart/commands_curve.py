@@ -11,6 +11,7 @@ from . import curving, points, render, report_curve
 from .bars import Bars
 from .checkpoint import appearing
 from .errors import ConfigError
+from .files import check_new
 from .shelf import VARIABLE, Shelf, default_folder
 from .terminal import (
     AsJson,
@@ -21,7 +22,6 @@ from .terminal import (
     Sources,
     Storage,
     WholeCache,
-    check_file,
     failures,
     numbers,
     show,
@@ -81,7 +81,7 @@ def curve(
     """Show loss against size, predicted from one calibration, before anything is compressed."""
     with failures():
         if out is not None:
-            check_file(out, overwrite)
+            check_new(out, overwrite)
         if count is not None and keep:
             raise ConfigError("got points and keep: give one of them")
         keeps = numbers(keep, "keep") or (points.KEEPS if count is None else curving.evenly(count))

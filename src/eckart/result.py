@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from .healing import Healing, Refined
 from .losses import MeasuredLoss
 from .measure import Perplexity
+from .pages.notebook import Shown
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Result(Shown):
     """Everything that the report says.
 
     `source_bytes` is the size of the input's weight files, `file_bytes` that of the output's, both
@@ -179,7 +180,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Healed:
+class Healed(Shown):
     """What healing a compressed model did; `quality` and `foreign` are None where nothing was measured."""
 
     source: str

@@ -1,6 +1,5 @@
 """What the commands have in common: options, errors that end them, and how results are shown."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from .errors import ConfigError, EckartError, StoreError
+from .errors import ConfigError, EckartError
 
 INTERRUPTED = 130
 
@@ -82,6 +81,12 @@ Storage = Annotated[
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", help="HTML file to write as well: it needs no network; replaced by --overwrite alone."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -136,16 +141,6 @@ def numbers(given: list[str] | None, what: str) -> tuple[float, ...]:
 def words(given: list[str] | None) -> tuple[str, ...]:
     """Return the words of an option that may be given several times, each with several between commas."""
     return tuple(part.strip() for one in given or () for part in one.split(",") if part.strip())
-
-
-def check_file(out: Path, overwrite: bool) -> None:
-    """Raise StoreError unless the file can be written: known before the work, not after it."""
-    if out.is_dir() or (out.exists() and not overwrite):
-        advice = "name a file" if out.is_dir() else "choose another --out, or pass --overwrite to replace it"
-        raise StoreError(f"{out} exists: {advice}")
-    parent = out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise StoreError(f"{out} cannot be written: {parent} is not a folder that can be written to")
 
 
 def work_folder(out: Path) -> Path:

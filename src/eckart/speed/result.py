@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import render
+from ..pages.notebook import Shown
 from .alone import Alone
 from .layers import LayerTime
 from .options import LayerOptions, Options, Setting
@@ -113,7 +114,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class Speed(Shown):
     """How fast a model is, alone or against another one."""
 
     model: Subject
@@ -145,7 +146,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSpeeds:
+class LayerSpeeds(Shown):
     """How long single linear maps take, dense and in low-rank forms."""
 
     source: str

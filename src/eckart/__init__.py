@@ -22,6 +22,7 @@ from .errors import (
 )
 from .evaluating import evaluate
 from .exporting import export
+from .fusing import fuse, unfuse
 from .healing import Healing
 from .overrides import Override
 from .plugin import densify
@@ -56,6 +57,7 @@ __all__ = [
     "export",
     "extract",
     "from_config",
+    "fuse",
     "heal",
     "interpolative",
     "linalg",
@@ -70,5 +72,6 @@ __all__ = [
     "spectrum",
     "tie",
     "tune",
+    "unfuse",
     "untie",
 ]

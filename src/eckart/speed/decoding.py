@@ -75,7 +75,7 @@ def greedy(
         ModelError: the model keeps no cache.
         NotFinite: a logit is NaN or infinite, with `finite`.
     """
-    cache, options = _cache_word(model), _last_alone(model)
+    cache, options = cache_word(model), _last_alone(model)
     synchronise(model.device)
     start = clock()
     made = model(input_ids=ids.to(model.device), use_cache=True, **options)
@@ -104,7 +104,7 @@ def _likeliest(logits: Tensor, finite: bool) -> Tensor:
     return logits[:, -1:].argmax(-1)
 
 
-def _cache_word(model: Any) -> str:
+def cache_word(model: Any) -> str:
     """Return what the cache is called, in arguments and outputs; newer transformers call it otherwise."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

@@ -208,7 +208,7 @@ def test_a_whole_model_is_one_graph_and_static_caches_say_the_same(model: Any) -
     word = decoding.cache_word(model)
     with torch.no_grad():
         made = model(input_ids=IDS, use_cache=True, **{word: cache})
-        step = torch.compile(model.forward, backend=(graphs := CompileCounter()), fullgraph=True)
+        step: Any = torch.compile(model.forward, backend=(graphs := CompileCounter()), fullgraph=True)
         chosen = [made.logits[:, -1:].argmax(-1)]
         for _ in range(7):
             made = step(input_ids=chosen[-1], use_cache=True, **{word: cache})

@@ -26,6 +26,8 @@ from eckart.factors import (
     rearranged,
 )
 from eckart.lean import LeanFactored, LeanPivoted
+from eckart.quant import storage
+from eckart.quant.stored import StoredLinear
 from eckart.stages import silent
 
 from . import tiny, wards
@@ -55,6 +57,7 @@ def close(found: Tensor, expected: Tensor, scale: float = 200.0) -> bool:
 @FAST
 def test_rearranged_is_indexing_and_so_are_its_gradients(shape: list[int], width: int, seed: int) -> None:
     places = torch.randperm(width, generator=torch.Generator().manual_seed(seed))[: max(1, width - 1)]
+    shape = [*shape, 2048] if seed % 2 else shape  # little and much are selected in different ways
     for kind in (torch.int32, torch.int64):
         own, other = (gaussian(*shape, width, seed=seed).requires_grad_() for _ in range(2))
         found, expected = rearranged(own, places.to(kind)), other[..., places]
@@ -112,6 +115,14 @@ def test_what_listens_to_a_part_hears_it() -> None:
     with torch.no_grad():
         lean(inputs)
     assert heard == [lean.pivot, lean.pivot, lean.rest, lean.rest]
+    for register in (lean.rest.register_full_backward_hook, lean.rest.register_full_backward_pre_hook):
+        handle = register(lambda own, *_: heard.append(own))
+        torch.autograd.backward(lean(inputs.requires_grad_()).sum())
+        handle.remove()
+    assert heard[4:] == [lean.rest, lean.rest]
+    lean.rest.forward = lambda found: found.new_zeros(*found.shape[:-1], 6)  # type: ignore[method-assign]
+    assert lean.joined(inputs)[:, 3:].norm() == 0
+    assert torch.equal(lean(inputs), rearranged(lean.joined(inputs), lean.order))
 
 
 def test_autocast_and_half_precision_are_those_of_the_plain_module() -> None:
@@ -246,11 +257,18 @@ def factored(linear: nn.Linear, rank: int, seed: int = 0) -> FactoredLinear:
     return made.float()
 
 
+def stored(linear: nn.Linear, name: str = "int8") -> StoredLinear:
+    chosen = storage.get(name)
+    grid = chosen.grid(linear.weight)
+    return StoredLinear.of(linear, chosen, grid.codes(linear.weight.detach()), grid)
+
+
 READERS: dict[str, Any] = {
     "dense": lambda linear: linear,
     "pivoted": lambda linear: pivoted(linear, 3, 7),
     "factored": lambda linear: factored(linear, 3, 7),
     "partial": lambda linear: PartialLinear.slice(linear, "columns", torch.arange(0, 16, 3)),
+    "int8": stored,
 }
 OTHERS: dict[str, Any] = {
     "none": None,
@@ -258,6 +276,7 @@ OTHERS: dict[str, Any] = {
     "factored": lambda linear: factored(linear, 4, 9),
     "partial": lambda linear: PartialLinear.slice(linear, "rows", torch.arange(1, 16, 2)),
     "pivoted": lambda linear: pivoted(linear, 4, 9),
+    "int8": stored,
 }
 
 
@@ -324,6 +343,13 @@ def test_channels_that_something_else_knows_stay(twist: str) -> None:
         assert close(mlp(inputs), expected)
     channels.move(mlp, channels.Channels(("gate", "up"), "down", 16), torch.randperm(16))
     assert not close(mlp(inputs), expected)
+
+
+def test_channels_that_share_scales_stay() -> None:
+    for name in ("nf4", "int4"):
+        mlp: Any = Gated()
+        mlp.up, mlp.down = pivoted(mlp.up, 4), stored(mlp.down, name)
+        assert channels.find(mlp) == {}
 
 
 def test_weights_that_two_maps_share_stay() -> None:

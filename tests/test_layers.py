@@ -149,6 +149,7 @@ LAYERS = {
     "speed.decoding": 5,
     "speed.layers": 5,
     "speed.shapes": 13,
+    "speed.compiled": 6,
     "speed.alone": 16,
     "speed.result": 17,
     "speed.report_speed": 18,

@@ -201,3 +201,17 @@ def test_options_of_the_other_measurement_are_refused(
     done = CliRunner().invoke(app, ["bench", str(llama_folder), *options])
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_fused_forms_are_timed_beside_the_others() -> None:
+    options = LayerOptions(0.6, (1, 4), Rounds(runs=3, warmup=1), fused=True)
+    for layer in measured((24, 32), options):
+        assert list(layer.forms) == ["factored", "pivoted", *layers.FUSED]
+        for name, (form, _) in layers.FUSED.items():
+            assert layer.forms[name].form == form
+            assert layer.forms[name].rank == layer.forms[form].rank
+            assert layer.share(name) == layer.share(form)
+    forms = layers.made((24, 32), 0.6, CPU, torch.float32, torch.Generator().manual_seed(0), fused=True)
+    assert forms["pivoted, folded"].straight
+    assert not forms["pivoted, fused"].straight
+    layers.check(forms, torch.randn(3, 32))

@@ -12,6 +12,7 @@ from .linalg import RowSkeleton, check_rank, pivot_rows
 Form = Literal["factored", "pivoted"]
 FORMS: tuple[Form, ...] = ("factored", "pivoted")
 Side = Literal["rows", "columns"]
+_LITTLE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,10 @@ def break_even(form: Form, shape: tuple[int, int]) -> int:
 def rearranged(values: Tensor, places: Tensor) -> Tensor:
     """Return `values[..., places]`, with gradients to `values` (..., k), for `places` (j,) int32 or int64.
 
-    PyTorch selects from the last of two dimensions more than ten times as fast as from that of three, and
-    gathers back faster than it adds up by index. A compiler needs no such help.
+    PyTorch selects from the last of two dimensions many times as fast as from that of three, unless there is
+    little to select, and gathers back faster than it adds up by index. A compiler needs no such help.
     """
-    if values.ndim < 2 or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or values.ndim < 2 or values.numel() <= _LITTLE:
         return values.index_select(-1, places)
     flat = values.reshape(-1, values.shape[-1])
     if torch.is_grad_enabled() and values.requires_grad:

@@ -34,7 +34,7 @@ class Gathers:
 def fuse(model: Any, *, joint_pivots: bool = False, bound: float = joint.BOUND) -> Any:
     """Make the low-rank maps of `model` run fast, in place, and return it.
 
-    Products write where their results belong, and nothing but them runs. What a pivoted map would have to
+    Products run with nothing around them. What a pivoted map would have to
     put in order is left in the order in which it is made wherever that is exact: the channels of an MLP then
     stand in that order in all its maps. Of two maps that write the channels (gate and up) the second one is
     still put in order, by one selection, unless both have one order: `joint_pivots` gives them that. It takes

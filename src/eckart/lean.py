@@ -1,16 +1,19 @@
-"""Low-rank modules as they run fastest: the products alone, written where their results belong.
+"""Low-rank modules as they run fastest: the products alone.
 
-What runs a token at a time spends a part of its time around the products: calls of modules, a copy that
-joins two results, a selection that puts outputs in order. These modules have the parameters of those that
-they stand for, and compute the same; where gradients, a compiler, autocast or a hook need to see the parts,
-they run them one by one, as those do.
+What runs a token at a time spends a part of its time around the products: calls of modules inside of
+modules, and a selection that puts outputs in order. These modules have the parameters of those that they
+stand for, and compute the same; where a hook or an adapter sits on a part, they run that part as those do.
+
+Tried and left out, since it gains nothing: both products written into one output (`out=`), and products of a
+matrix and a vector for a single token.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .factors import FactoredLinear, PivotedLinear, rearranged
 
@@ -35,18 +38,11 @@ class LeanFactored(FactoredLinear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `inputs` (..., n) to (..., m)."""
-        if not (_alone(inputs) and _bare(self.down) and _bare(self.up)):
-            return super().forward(inputs)
-        flat = inputs.reshape(-1, self.in_features)
-        inner = flat.new_empty(flat.shape[0], self.rank)
-        outputs = flat.new_empty(flat.shape[0], self.out_features)
-        _product(self.down, flat, inner)
-        _product(self.up, inner, outputs)
-        return outputs.view(*inputs.shape[:-1], self.out_features)
+        return _product(self.up, _product(self.down, inputs))
 
 
 class LeanPivoted(PivotedLinear):
-    """A PivotedLinear whose products go into one output, which is put in order only where it is not.
+    """A PivotedLinear whose products run without anything around them, put in order only where they are not.
 
     `straight` tells that outputs are made in the order that they have; `moved` is what made it so
     (eckart.fusing), None where nothing did.
@@ -82,49 +78,21 @@ class LeanPivoted(PivotedLinear):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `inputs` (..., n) to (..., m)."""
-        if not (_alone(inputs) and _bare(self.pivot) and (self.rest is None or _bare(self.rest))):
-            joined = self.joined(inputs)
-            return joined if self.straight else rearranged(joined, self.order)
-        flat = inputs.reshape(-1, self.in_features)
-        outputs = flat.new_empty(flat.shape[0], self.out_features)
-        pivots = outputs[:, : self.rank]
-        _product(self.pivot, flat, pivots)
-        if self.rest is not None:
-            _product(self.rest, pivots, outputs[:, self.rank :])
-        if not self.straight:
-            outputs = outputs.index_select(1, self.order)
-        return outputs.view(*inputs.shape[:-1], self.out_features)
+        pivots = _product(self.pivot, inputs)
+        rest = self.rest
+        joined = pivots if rest is None else torch.cat([pivots, _product(rest, pivots)], dim=-1)
+        return joined if self.straight else rearranged(joined, self.order)
 
 
-_is_tracing: Callable[[], bool] = cast(Any, torch.jit).is_tracing
-
-
-def _alone(inputs: Tensor) -> bool:
-    """Tell whether only the result is asked for, on a device and in a dtype where that was measured."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
-        and inputs.device.type == "cpu"
-        and inputs.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not _is_tracing()
-    )
-
-
-def _bare(part: Any) -> bool:
-    """Tell whether nothing is to happen around the product of `part`: no adapter, no storage, no hook."""
-    return type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks
-
-
-def _product(linear: nn.Linear, inputs: Tensor, out: Tensor) -> None:
-    """Write the product (t, m) of `inputs` (t, n) into `out`, whose rows may lie apart."""
-    weight, bias = linear.weight, linear.bias
-    if inputs.shape[0] == 1:  # a product of matrices takes up to 1.6 times as long for small ones
-        if bias is None:
-            torch.mv(weight, inputs[0], out=out[0])
-        else:
-            torch.addmv(bias, weight, inputs[0], out=out[0])
-    elif bias is None:
-        torch.mm(inputs, weight.t(), out=out)
-    else:
-        torch.addmm(bias, inputs, weight.t(), out=out)
+def _product(part: Any, inputs: Tensor) -> Tensor:
+    """Return what `part` gives for `inputs`, without calling it if nothing else happens when it is called."""
+    if type(part) is nn.Linear and not (
+        part._forward_hooks
+        or part._forward_pre_hooks
+        or part._backward_hooks
+        or part._backward_pre_hooks
+        or "forward" in part.__dict__  # accelerate moves weights in there
+    ):
+        return functional.linear(inputs, part.weight, part.bias)
+    found: Tensor = part(inputs)
+    return found

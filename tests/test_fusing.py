@@ -115,12 +115,13 @@ def test_what_listens_to_a_part_hears_it() -> None:
     with torch.no_grad():
         lean(inputs)
     assert heard == [lean.pivot, lean.pivot, lean.rest, lean.rest]
-    for register in (lean.rest.register_full_backward_hook, lean.rest.register_full_backward_pre_hook):
-        handle = register(lambda own, *_: heard.append(own))
+    both: list[Any] = [lean.rest.register_full_backward_hook, lean.rest.register_full_backward_pre_hook]
+    for register_back in both:
+        handle = register_back(lambda own, *_: heard.append(own))
         torch.autograd.backward(lean(inputs.requires_grad_()).sum())
         handle.remove()
     assert heard[4:] == [lean.rest, lean.rest]
-    lean.rest.forward = lambda found: found.new_zeros(*found.shape[:-1], 6)  # type: ignore[method-assign]
+    vars(lean.rest)["forward"] = lambda found: found.new_zeros(*found.shape[:-1], 6)
     assert lean.joined(inputs)[:, 3:].norm() == 0
     assert torch.equal(lean(inputs), rearranged(lean.joined(inputs), lean.order))
 

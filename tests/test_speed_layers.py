@@ -74,14 +74,15 @@ def test_shares_are_those_of_the_largest_rank_within_keep(shape: tuple[int, int]
     one, several = measured(shape)
     assert (one.tokens, several.tokens) == (1, 4)
     dense = shape[0] * shape[1]
-    for form, found in one.forms.items():
+    for name, found in one.forms.items():
+        form = found.form
         assert factors.parameters(form, shape, found.rank) <= 0.6 * dense
         assert factors.parameters(form, shape, found.rank + 1) > 0.6 * dense
         assert found.flops == factors.parameters(form, shape, found.rank) / dense
         assert found.bytes == pytest.approx(found.flops + factors.index_bytes(form, shape) / (4 * dense))
-        assert one.share(form) == found.bytes
-        assert several.share(form) == several.forms[form].flops
-        assert one.excess(form) == pytest.approx(found.ratio.value / found.bytes)
+        assert one.share(name) == found.bytes
+        assert several.share(name) == several.forms[name].flops
+        assert one.excess(name) == pytest.approx(found.ratio.value / found.bytes)
     assert one.forms["pivoted"].rank > one.forms["factored"].rank
 
 

@@ -48,7 +48,12 @@ def check(model: Any) -> None:
 
 @torch.no_grad()
 def prepare(
-    model: Any, setting: Setting, ids: Tensor, *, backend: str = "inductor", clock: Clock = time.perf_counter
+    model: Any,
+    setting: Setting,
+    ids: Tensor,
+    *,
+    backend: str | Callable[..., Any] = "inductor",
+    clock: Clock = time.perf_counter,
 ) -> Compiled:
     """Compile `model` for `setting`, and run it once on `ids`, the prompt of that.
 

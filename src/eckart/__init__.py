@@ -24,6 +24,7 @@ from .errors import (
 )
 from .evaluating import evaluate
 from .exporting import export
+from .fusing import fuse, unfuse
 from .healing import Healing
 from .overrides import Override
 from .plugin import densify
@@ -61,6 +62,7 @@ __all__ = [
     "export",
     "extract",
     "from_config",
+    "fuse",
     "heal",
     "interpolative",
     "linalg",
@@ -76,5 +78,6 @@ __all__ = [
     "sweep",
     "tie",
     "tune",
+    "unfuse",
     "untie",
 ]

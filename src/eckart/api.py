@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from . import (
+    fusing,
     hub,
     losses,
     mend,
@@ -335,7 +336,8 @@ def save(
     """
     out = Path(out)
     with hub.new_folder(out, overwrite) as folder:
-        hub.write(folder, model, tokenizer)
+        with fusing.unfused(model):
+            hub.write(folder, model, tokenizer)
         texts: dict[str, str] = {}
         if isinstance(result, Healed):
             texts = report_healing.documents(result, *report_healing.known(source))
@@ -357,10 +359,12 @@ def load(
     device: str | None = None,
     trust_remote_code: bool = False,
     task: str = tasks.AUTO,
+    fast: bool = False,
 ) -> Any:
     """Load a model, compressed or not, in the dtype it is stored in unless another is asked for.
 
-    `task` is what to load it for, a name of eckart.tasks.TASKS; default: what it was stored for.
+    `task` is what to load it for, a name of eckart.tasks.TASKS; default: what it was stored for. `fast` makes
+    it run as fast as its sizes allow (eckart.fuse).
 
     The folder of an adapter gives PEFT's model: the base that it names, in NF4 where it was trained on
     that, with the adapter on it.
@@ -374,9 +378,10 @@ def load(
     if loading.is_adapter(source):
         return loading.load(source, compute=wanted, place=place, trust_remote_code=trust_remote_code).model
     stored = wanted or hub.stored_dtype(str(source), trust_remote_code=trust_remote_code)
-    return hub.load(
+    model = hub.load(
         str(source), compute=stored, place=place, trust_remote_code=trust_remote_code, task=task
     ).model
+    return fusing.fuse(model) if fast else model
 
 
 def loaded(model: Any, tokenizer: Any, dtype: str | None, device: str | None, remote: bool) -> hub.Loaded:

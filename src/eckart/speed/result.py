@@ -1,5 +1,6 @@
 """What was measured of speed: values, JSON, and the table that shows them."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -89,11 +90,20 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A setting, and what the models gave in it, measured in turn."""
+    """A setting, and what the models gave in it, measured in turn.
+
+    Args:
+        setting: rows, tokens of a prompt, new tokens.
+        model, against: as they are.
+        compiled: the same under torch.compile, with static caches, in the same rounds; None: not asked for.
+        compile_seconds: of compiling each, by "model" and "against".
+    """
 
     setting: Setting
     model: Figures
     against: Figures | None
+    compiled: "Row | None" = None
+    compile_seconds: Mapping[str, float] | None = None
 
     def ratios(self) -> dict[str, Quotient]:
         """Return the figures of the model divided by those of the other one; nothing without one."""
@@ -110,7 +120,12 @@ class Row:
             for side, figures in sides.items()
         }
         ratios = {name: ratio.to_dict() for name, ratio in self.ratios().items()}
-        return {**asdict(self.setting), **measured, "ratio": ratios or None}
+        found = {**asdict(self.setting), **measured, "ratio": ratios or None}
+        if self.compiled is None:
+            return found
+        whole = self.compiled.to_dict()
+        same = {key: whole[key] for key in ("model", "against", "ratio")}
+        return found | {"compiled": same | {"compile_seconds": dict(self.compile_seconds or {})}}
 
 
 @dataclass(frozen=True, slots=True)

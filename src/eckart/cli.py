@@ -45,12 +45,16 @@ from .terminal import (
     EvalDataSources,
     EvalSources,
     ForeignSources,
+    Latency,
     Model,
+    Objective,
     Overwrite,
     Precision,
     Remote,
     Sources,
     Storage,
+    Times,
+    Workload,
     failures,
     show,
     work_folder,
@@ -95,6 +99,10 @@ def compress(
     energy: Annotated[
         float | None, typer.Option(help="Share of every squared spectrum to hold instead.")
     ] = None,
+    latency: Latency = None,
+    objective: Objective = None,
+    workload: Workload = None,
+    times: Times = None,
     task: Annotated[
         str | None, typer.Option(help=f"What the model is for: {', '.join(TASKS)}; default: as stored.")
     ] = None,
@@ -174,6 +182,8 @@ def compress(
     """Make a model smaller and say what it cost."""
     given = {
         "model": model, "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
+        "latency": latency, "objective": objective, "workload": workload,
+        "times": None if times is None else str(times),
         "method": method, "form": form, "storage": storage, "embeddings": embeddings,
         "stock": stock, "depth": depth, "split": split, "landmarks": landmarks,
         "allocation": allocation, "multiple": multiple,
@@ -221,7 +231,8 @@ def _print_plan(resolved: Recipe, as_json: bool) -> None:
     remote = resolved.trust_remote_code
     model = hub.skeleton(resolved.model, task=resolved.task, trust_remote_code=remote)
     stored = hub.stored_dtype(resolved.model, trust_remote_code=remote)
-    plan = pipeline.plan(resolved, model, stored)
+    with Bars() as bars:
+        plan = pipeline.plan(resolved, model, stored, bars.watch)
     show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
 
 

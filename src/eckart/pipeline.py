@@ -30,6 +30,7 @@ from . import (
     running,
     selection,
     sharing,
+    spending,
     splitting,
     stock,
     stores,
@@ -38,17 +39,19 @@ from . import (
 )
 from .accounting import sizes
 from .calibrate import Calibrated
-from .choices import Budget, Choice, fixed_bytes, settle
+from .choices import Choice
 from .dimensions import Dimension
 from .errors import ModelError
 from .factorize import Decomposed, factor, statistics_of
 from .heads import Heads
 from .healing import Refined
+from .latency import Timing
 from .linalg import check_matrix
 from .models import Target
-from .recipe import FLOAT, Recipe, to_yaml
+from .recipe import Recipe, to_yaml
 from .result import Measured, Module, Quality, Result, Sizes
 from .stages import Run, Watch, silent
+from .timed import Timed
 from .windows import Rows, Windows
 
 _DEPTH_WINDOWS = 2
@@ -66,10 +69,13 @@ class Plan:
     choices: list[Choice]
     model_parameters: int
     exact: bool
+    timing: Timing | None = None
 
 
-def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
+def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype, watch: Watch | None = None) -> Plan:
     """Return the plan of `recipe` for `model`, which may be a skeleton on the meta device.
+
+    `watch` is called with (stage, done, total) where times of maps have to be measured first.
 
     Raises:
         ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
@@ -77,37 +83,16 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
     """
     model = kinds.on_meta(model)
     splitting.unfold(model, recipe.split == "fused")
-    found = targets_of(recipe, model)
-    limit = limit_of(recipe, model, found, stored)
+    found = spending.targets_of(recipe, model)
+    timed = spending.timed(recipe, model, found, stored, watch)
+    limit = spending.limit_of(recipe, model, found, stored, timed)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
     suspected = dimensions.find(model, found)
     bases = _bases(recipe, model, found, suspected)
     choices = selection.unseen(recipe, limit, model, found, suspected, bases)
     exact = not decided_by_spectra and not recipe.stock and recipe.split == "none"
-    return Plan(recipe, choices, models.parameter_count(model), exact)
-
-
-def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
-    """Return the matrices that `recipe` treats, with those that it only stores."""
-    found = models.targets(model, recipe.include, recipe.exclude)
-    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
-    stored = recipe.embeddings_storage != FLOAT
-    return [*found, *models.ends(model, found, recipe.exclude)] if stored else found
-
-
-def limit_of(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> Budget:
-    """Return what there is to spend on `found`."""
-    itemsize = output_dtype(recipe, stored).itemsize
-    attentions = dimensions.find(model, found) if _by_heads(recipe) else []
-    fixed = fixed_bytes(
-        model, found, recipe.resolved_method().low_rank, itemsize, attentions, itemised=recipe.stores
-    )
-    return settle(recipe, found, models.parameter_count(model), fixed, itemsize)
-
-
-def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype of the output: the recipe's, or the source's."""
-    return hub.dtype(recipe.dtype) if recipe.dtype else stored
+    timing = None if timed is None else timed.timing(recipe.resolved_objective, found, choices)
+    return Plan(recipe, choices, models.parameter_count(model), exact, timing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +108,8 @@ class Prepared:
     dense_foreign: Measured | None
     calibrated: Calibrated
     run: Run
+    timed: Timed | None = None
+    measured: float | None = None
 
 
 def prepare(
@@ -142,7 +129,7 @@ def prepare(
     model = loaded.model
     if models.low_rank_modules(model) or stores.stored(model):
         raise ModelError("the model is already low-rank or in few bits: eckart.densify it first")
-    written = accounting.written_bytes(model, output_dtype(recipe, loaded.stored))
+    written = accounting.written_bytes(model, spending.output_dtype(recipe, loaded.stored))
     run = Run(watch or silent)
     try:
         run.warnings.extend(splitting.unfold(model, recipe.split == "fused"))
@@ -156,10 +143,12 @@ def prepare(
 def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None) -> Prepared:
     """Prepare a model whose matrices are all nn.Linear."""
     model = loaded.model
-    found = targets_of(recipe, model)
+    found = spending.targets_of(recipe, model)
     for target in found:
         check_matrix(models.weight(model, target), target.name)
-    suspected, limit = dimensions.find(model, found), limit_of(recipe, model, found, loaded.stored)
+    timed = spending.timed(recipe, model, found, loaded.stored, run.watch)
+    limit = spending.limit_of(recipe, model, found, loaded.stored, timed)
+    suspected = dimensions.find(model, found)
     bases = _bases(recipe, model, found, suspected)
     # An unreachable budget is refused now, not after the calibration.
     selection.unseen(recipe, limit, model, found, suspected, bases)
@@ -180,9 +169,12 @@ def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
     with run.stage("factor") as progress:
         parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress, bases)
         run.warnings.extend(lacking)
-    before = sizes(model, found, output_dtype(recipe, loaded.stored))
+    before = sizes(model, found, spending.output_dtype(recipe, loaded.stored))
     decomposed = Decomposed(parts, narrowable, attentions, blocks, bases)
-    return Prepared(loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run)
+    measured = spending.measured(timed, model, found, run)
+    return Prepared(
+        loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run, timed, measured
+    )
 
 
 def _material(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None) -> Windows:
@@ -197,7 +189,7 @@ def _material(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
 
 def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
     """Return the attentions whose heads may be made narrower one by one, each verified."""
-    return heads.found(model, dimensions.find(model, found)) if _by_heads(recipe) else []
+    return heads.found(model, dimensions.find(model, found)) if spending.by_heads(recipe) else []
 
 
 def _bases(
@@ -206,11 +198,6 @@ def _bases(
     if recipe.resolved_method().form != "shared":
         return []
     return sharing.bases(model, found, suspected, recipe.layers)
-
-
-def _by_heads(recipe: Recipe) -> bool:
-    """Tell whether heads may be made narrower: mixed does better with ranks, and no stock config says it."""
-    return recipe.resolved_method().form == "width" and not recipe.stock
 
 
 def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target], texts: Windows) -> list[Dimension]:
@@ -243,10 +230,10 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         NotFinite: a factor does not fit the output dtype, or the model's logits are not finite.
     """
     loaded, run = prepared.loaded, prepared.run
-    dtype, texts = output_dtype(recipe, loaded.stored), prepared.texts
+    dtype, texts = spending.output_dtype(recipe, loaded.stored), prepared.texts
     anchored = recipe.resolved_method().target == "anchored"
     original = copy.deepcopy(loaded.model) if recipe.heal is not None or anchored else None
-    model, found, modules, kept = _made(recipe, prepared)
+    model, found, modules, kept, timing = _made(recipe, prepared)
     if anchored:
         _anchor(recipe, prepared, model, original)
     if recipe.stores:
@@ -262,6 +249,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         compressed = _measure(run, "measure compressed", model, texts.held_out)
         elsewhere = _measure(run, "measure compressed", model, texts.foreign)
     modules = assemble.updated(modules, found, model)
+    timing = spending.with_measured(timing, prepared.measured, model, found, run)
     plugin.mark(kinds.fold(model))
     after = replace(after, bytes=accounting.written_bytes(model, dtype))
     predicted = sum(module.loss for module in modules)
@@ -288,6 +276,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         one_shot=one_shot,
         foreign=Quality.of(prepared.dense_foreign, foreign, elsewhere),
         healing=healing,
+        timing=timing,
     )
 
 
@@ -295,11 +284,13 @@ Kept = list[tuple[Choice, str]]
 """Each choice that is in the model, with the name that its matrix has there."""
 
 
-def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept]:
+def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept, Timing | None]:
     """Choose, and put the modules into the model; return it, its targets and what became of them."""
     run, found, model = prepared.run, prepared.found, prepared.loaded.model
-    dtype = output_dtype(recipe, prepared.loaded.stored)
-    limit = limit_of(recipe, model, found, prepared.loaded.stored)
+    dtype = spending.output_dtype(recipe, prepared.loaded.stored)
+    stored = prepared.loaded.stored
+    timed = spending.timed(recipe, model, found, stored, run.watch, prepared.timed)
+    limit = spending.limit_of(recipe, model, found, stored, timed)
     with run.stage("choose") as progress:
         trial, decomposed = prepared.texts.trial, prepared.decomposed
 
@@ -323,7 +314,8 @@ def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[M
     left = rebuild.moved(found, prepared.loaded.model, dropped)
     names = [target.name for target in left]
     kept = zip([choice for choice in choices if choice.form != "dropped"], names, strict=True)
-    return model, left, modules, list(kept)
+    timing = None if timed is None else timed.timing(recipe.resolved_objective, found, choices)
+    return model, left, modules, list(kept), timing
 
 
 def _store(recipe: Recipe, prepared: Prepared, model: Any, kept: Kept) -> None:

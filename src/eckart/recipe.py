@@ -10,6 +10,7 @@ from . import healing, methods
 from .construct import construct, parse_size
 from .errors import ConfigError
 from .healing import Healing
+from .latency import OBJECTIVES, Objective, check_recipe, resolved
 from .methods import ALLOCATIONS, SHAPES, Allocation, Method, Shape
 from .overrides import Override, check_number, listed, rank_rule
 from .quant import correction
@@ -25,9 +26,10 @@ AUTO, FLOAT = "auto", "float"
 """Storages that are none: chosen per matrix, and the output dtype."""
 _STOCK_MULTIPLE = 32
 _CORRECTION_RANK, _CORRECTION_STORAGE = 16, "int8"
-_BUDGETS = ("keep", "size", "rank", "energy")
+_BUDGETS = ("keep", "size", "rank", "energy", "latency")
 _LISTS = ("data", "eval_data", "text", "eval_text", "foreign_text", "include", "exclude", "overrides")
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": OBJECTIVES,
     "of": ("model", "linears"),
     "labels": ("text", "sampled"),
     "form": SHAPES,
@@ -66,6 +68,11 @@ class Recipe:
         size: bytes of the weight files instead, a number or a text such as "200MB" (10^6).
         rank: the same rank for every matrix instead.
         energy: the share of every (weighted) squared spectrum to hold instead.
+        latency: the time of the treated maps instead: a share of the dense ones' (0.6), or per token (12ms).
+        objective: what the budget is spent in (docs/latency.md): `size`, `latency`, or `balanced`: size, with
+            nothing slower than dense. Default: latency where that is the budget, else size.
+        workload: of times: `decode`, the default, is one token, a number so many tokens at once.
+        times: the JSON file of the table of times; what it lacks is measured and put into it.
         method: a preset of eckart.methods.METHODS ...
         allocation: ... whose allocation ...
         form: ... and form may be changed.
@@ -120,6 +127,10 @@ class Recipe:
     size: int | str | None = None
     rank: int | None = None
     energy: float | None = None
+    latency: float | str | None = None
+    objective: Objective | None = None
+    workload: int | str | None = None
+    times: str | None = None
     method: str = methods.DEFAULT
     allocation: Allocation | None = None
     form: Shape | None = None
@@ -178,6 +189,17 @@ class Recipe:
         self.check_method()
         self.check_storage()
         self.check_correction()
+        check_recipe(self)
+
+    @property
+    def resolved_objective(self) -> Objective:
+        """What the budget is spent in, with the default put in."""
+        return resolved(self.objective, self.latency)
+
+    @property
+    def timed(self) -> bool:
+        """Tell whether times decide."""
+        return self.resolved_objective != "size"
 
     def check_budget(self) -> None:
         """Raise ConfigError unless exactly one budget is given and it is legal."""

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .healing import Healing, Refined
+from .latency import Timing
 from .losses import MeasuredLoss
 from .measure import Perplexity
 from .recipe import Recipe
@@ -80,7 +81,7 @@ class Result:
     which are samples where that is the `calibration_unit`.
     `compressed` is measured at the end, `one_shot` before the refinements in `healing` (None where there
     are none), and `foreign` is the same for a text of another kind. `seconds` are per stage,
-    `peak_memory` in bytes.
+    `peak_memory` in bytes. `timing` is there where times decided.
     """
 
     recipe: Recipe
@@ -106,6 +107,7 @@ class Result:
     healing: tuple[Refined, ...] = ()
     calibration_unit: str = "tokens"
     task: str = "causal-lm"
+    timing: Timing | None = None
 
     @property
     def keep_linears(self) -> float:

@@ -19,10 +19,10 @@ from .. import (
     memory,
     mend,
     models,
-    pipeline,
     plugin,
     report,
     selection,
+    spending,
     windows,
 )
 from ..accounting import sizes, written_bytes
@@ -60,6 +60,12 @@ def check(recipe: Recipe) -> None:
         "form 'width'": method.form == "width",
         f"method {recipe.method!r}": method.target == "anchored",
     }
+    if recipe.timed and (recipe.times is None or not Path(recipe.times).exists()):
+        raise ConfigError(
+            "a plan in time within memory needs its table of times in a file, so that an interrupted run "
+            f"goes on to the same plan, and there is none at {recipe.times}: give times, and make the file "
+            "by the same command with --dry-run, without memory"
+        )
     found = [name for name, asked in unfit.items() if asked]
     if found:
         raise ConfigError(
@@ -113,7 +119,7 @@ def compress_to(
             recipe, team, place, Path(work) if work else work_folder(out), parse_size(memory), run
         )
     found, choices = _chosen(job, run)
-    dtype = pipeline.output_dtype(recipe, job.stored)
+    dtype = spending.output_dtype(recipe, job.stored)
     before = replace(sizes(job.stream.model, job.found, dtype), bytes=written)
     after_tracks = _tracks(job, "after")
     with run.stage("write") as progress:
@@ -147,15 +153,17 @@ def _job(
     stored = hub.stored_dtype(recipe.model, trust_remote_code=remote)
     model = skeleton(recipe.model, hub.compute_dtype(stored, place), trust_remote_code=remote)
     shards = Shards(model, folder)
-    written = written_bytes(model, pipeline.output_dtype(recipe, stored))
+    written = written_bytes(model, spending.output_dtype(recipe, stored))
     for name in models.block_names(model):
         kinds.unfold(model.get_submodule(name))
     tokenizer = hub.load_tokenizer(recipe.model, trust_remote_code=remote)
     texts = Texts.of(windows.read(recipe, tokenizer, run.warnings))
     measure.check_length(model, recipe.seq_len)
-    found = pipeline.targets_of(recipe, model)
+    found = spending.targets_of(recipe, model)
     suspected = dimensions.find(model, found) if recipe.resolved_method().narrows else []
-    selection.unseen(recipe, pipeline.limit_of(recipe, model, found, stored), model, found, suspected)
+    timed = spending.timed(recipe, model, found, stored)
+    budget = spending.limit_of(recipe, model, found, stored, timed)
+    selection.unseen(recipe, budget, model, found, suspected)
     stream = Stream(model, shards, place)
     if team.rank == 0:
         Work.opened(work, _key(recipe, shards, model, texts, place, team))
@@ -200,7 +208,8 @@ def _chosen(job: Job, run: Run) -> tuple[Decomposed, list[Choice]]:
     run.warnings.extend([*said, *shortages(job.recipe, short)])
     found = Decomposed(kept, job.narrowable, [], {})
     recipe, model = job.recipe, job.stream.model
-    limit = pipeline.limit_of(recipe, model, job.found, job.stored)
+    timed = spending.timed(recipe, model, job.found, job.stored)
+    limit = spending.limit_of(recipe, model, job.found, job.stored, timed)
     tried: dict[tuple[Choice, ...], Tensor] = {}
     rates = selection.exchange_rates(recipe, found)
     if len(rates) > 1 and job.texts.trial is not None:

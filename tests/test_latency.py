@@ -28,7 +28,7 @@ from eckart import (
     latency,
     models,
     selection,
-    spending,
+    timekeeping,
 )
 from eckart import recipe as recipes
 from eckart import timed as in_time
@@ -331,7 +331,7 @@ def test_what_has_no_time_is_refused() -> None:
     model = tiny.build("mixtral")
     kinds.unfold(model)
     with pytest.raises(ModelError, match="belongs to an expert, which runs for some tokens only"):
-        spending.timed(MIXED, model, models.targets(model), torch.float32)
+        timekeeping.timed(MIXED, model, models.targets(model), torch.device("cpu"), torch.float32)
 
 
 def test_the_plan_before_the_losses_are_known_is_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,6 +390,10 @@ def test_other_budgets_are_refused(text: Any) -> None:
         ({"latency": 0.5, "storage": "int8"}, "give storage float with it"),
         ({"latency": 0.5, "form": "width"}, "form 'width' has none, use pivoted"),
         ({"latency": 0.5, "method": "svd"}, "allocation 'uniform' has none; use method eckart"),
+        (
+            {"max_ppl_increase": "3%", "objective": "balanced"},
+            "which is found over sizes, do not go together",
+        ),
         ({"keep": 0.5, "stock": True, "objective": "latency"}, "stock has one width for all"),
         ({"latency": 0.5, "heal": {"steps": ["ranks"]}}, "moves rank at equal size, not at equal time"),
     ],

@@ -11,6 +11,7 @@ from .adapt.session import tune
 from .adapt.toolbox import extract, merge, resize
 from .api import compress, heal, load, quantise, save
 from .api_sharing import share, tie, untie
+from .curving import curve
 from .errors import (
     ConfigError,
     EckartError,
@@ -32,6 +33,7 @@ from .speed.run import bench, bench_layers
 from .stats import collect
 from .streaming.execute import compress_to
 from .surveying import spectrum
+from .sweeping import sweep
 
 __all__ = [
     "ConfigError",
@@ -50,6 +52,7 @@ __all__ = [
     "collect",
     "compress",
     "compress_to",
+    "curve",
     "densify",
     "diff",
     "evaluate",
@@ -68,6 +71,7 @@ __all__ = [
     "save",
     "share",
     "spectrum",
+    "sweep",
     "tie",
     "tune",
     "untie",

@@ -13,6 +13,7 @@ from . import (
     mend,
     models,
     pipeline,
+    points,
     quantising,
     recipe,
     report,
@@ -32,6 +33,7 @@ from .objectives import Loss
 from .overrides import Override
 from .recipe import Of, Recipe, Split
 from .result import Healed, Result
+from .shelf import Shelf
 
 Sources = str | Path | Sequence[str | Path]
 
@@ -55,6 +57,7 @@ def compress(
     objective: Objective | None = None,
     workload: int | str | None = None,
     times: str | Path | None = None,
+    max_ppl_increase: str | None = None,
     method: str | None = None,
     allocation: Allocation | None = None,
     form: Shape | None = None,
@@ -91,7 +94,7 @@ def compress(
     tokenizer: Any = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Any, Result]:
-    """Compress a model to a budget: one of keep, size, rank, energy, latency.
+    """Compress a model to a budget: one of keep, size, rank, energy, latency, max_ppl_increase.
 
     A causal language model is run on `text`. Any other model, of transformers or not, is run on `batches`,
     and its loss is measured before and after instead of a perplexity:
@@ -121,7 +124,8 @@ def compress(
         heal: refinements after the compression.
         work: a folder for the state of these, so that an interrupted run goes on to the same result; the
             caller deletes it.
-        cache: a folder for what the dense model predicts, which later runs take from there.
+        cache: a folder for what serves other runs as well: statistics and decompositions (eckart.shelf), and
+            what the dense model predicts (heal). What is there is taken from there, to the same bits.
         watch: called with (stage, done, total).
 
     Returns:
@@ -134,7 +138,8 @@ def compress(
         NotFinite: a weight, a statistic or a logit is NaN or infinite.
     """
     given = {
-        "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy, "method": method,
+        "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
+        "max_ppl_increase": max_ppl_increase, "method": method,
         "latency": latency, "objective": objective, "workload": workload,
         "times": None if times is None else str(times),
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
@@ -167,7 +172,8 @@ def compress(
         )  # fmt: skip
         running.check(resolved, material, loaded.model)
     ward = mend.Ward(_path(work), _path(cache))
-    return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch, material), ward)
+    shelf = None if ward.cache is None else Shelf(ward.cache)
+    return points.compress(resolved, loaded, watch, material, ward, shelf)
 
 
 def quantise(

@@ -1,7 +1,6 @@
 """The command `spectrum`."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +9,9 @@ import typer
 from . import render, report_survey, surveying
 from .bars import Bars
 from .checkpoint import appearing
-from .errors import ConfigError, StoreError
+from .errors import ConfigError
 from .tasks import TASKS
-from .terminal import AsJson, Bos, DataSources, Device, Remote, Sources, failures, show
+from .terminal import AsJson, Bos, DataSources, Device, Remote, Sources, check_file, failures, show
 
 
 def spectrum(
@@ -50,7 +49,7 @@ def spectrum(
         if limit < 0:
             raise ConfigError(f"limit {limit}: must be at least 0")
         if out is not None:
-            _check(out, overwrite)
+            check_file(out, overwrite)
         with Bars() as bars:
             found = surveying.spectrum(
                 model, text=text, data=data, include=include, exclude=exclude, ends=ends,
@@ -64,16 +63,6 @@ def spectrum(
         show(render.to_json(found.to_dict()) if as_json else report_survey.tables(found, limit), as_json)
         if out is not None and not as_json:
             print(f"written to {out}")
-
-
-def _check(out: Path, overwrite: bool) -> None:
-    """Raise StoreError unless the file can be written: known before the work, not after it."""
-    if out.is_dir() or (out.exists() and not overwrite):
-        advice = "name a file" if out.is_dir() else "choose another --out, or pass --overwrite to replace it"
-        raise StoreError(f"{out} exists: {advice}")
-    parent = out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise StoreError(f"{out} cannot be written: {parent} is not a folder that can be written to")
 
 
 def register(app: typer.Typer) -> None:

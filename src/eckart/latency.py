@@ -110,6 +110,10 @@ def _unfit(recipe: Any) -> str | None:
     method, what = recipe.resolved_method(), f"objective {recipe.resolved_objective!r}"
     if recipe.rank is not None or recipe.energy is not None:
         return f"{what} chooses within a budget, and rank and energy are rules: give keep, size or latency"
+    if recipe.max_ppl_increase is not None:
+        return (
+            f"{what} and max_ppl_increase, which is found over sizes, do not go together: give keep or size"
+        )
     if recipe.stores:
         return (
             f"{what} goes by times of maps in the output dtype, and those of few bits have others: give "

@@ -8,91 +8,49 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import (
     accounting,
     assemble,
     closed,
+    decomposing,
     dimensions,
-    heads,
     hub,
     kinds,
     losses,
     memory,
     mend,
     models,
+    planning,
     plugin,
     reading,
     rebuild,
-    routing,
     running,
     selection,
-    sharing,
-    spending,
     splitting,
     stock,
     stores,
     storing,
     text,
+    timekeeping,
 )
 from .accounting import sizes
+from .cached import Cached
 from .calibrate import Calibrated
 from .choices import Choice
-from .dimensions import Dimension
 from .errors import ModelError
-from .factorize import Decomposed, factor, statistics_of
-from .heads import Heads
+from .factorize import Decomposed
 from .healing import Refined
 from .latency import Timing
 from .linalg import check_matrix
 from .models import Target
 from .recipe import Recipe, to_yaml
 from .result import Measured, Module, Quality, Result, Sizes
+from .shelf import Shelf
 from .stages import Run, Watch, silent
 from .timed import Timed
 from .windows import Rows, Windows
-
-_DEPTH_WINDOWS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a recipe will do to a model, known before any of it runs.
-
-    `exact` is False where spectra will decide the ranks: then `choices` are those of uniform
-    allocation at the same budget, for orientation.
-    """
-
-    recipe: Recipe
-    choices: list[Choice]
-    model_parameters: int
-    exact: bool
-    timing: Timing | None = None
-
-
-def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype, watch: Watch | None = None) -> Plan:
-    """Return the plan of `recipe` for `model`, which may be a skeleton on the meta device.
-
-    `watch` is called with (stage, done, total) where times of maps have to be measured first.
-
-    Raises:
-        ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
-        RankError: the budget cannot be reached.
-    """
-    model = kinds.on_meta(model)
-    splitting.unfold(model, recipe.split == "fused")
-    found = spending.targets_of(recipe, model)
-    timed = spending.timed(recipe, model, found, stored, watch)
-    limit = spending.limit_of(recipe, model, found, stored, timed)
-    decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
-    suspected = dimensions.find(model, found)
-    bases = _bases(recipe, model, found, suspected)
-    choices = selection.unseen(recipe, limit, model, found, suspected, bases)
-    exact = not decided_by_spectra and not recipe.stock and recipe.split == "none"
-    timing = None if timed is None else timed.timing(recipe.resolved_objective, found, choices)
-    return Plan(recipe, choices, models.parameter_count(model), exact, timing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +71,11 @@ class Prepared:
 
 
 def prepare(
-    recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None, material: Windows | None = None
+    recipe: Recipe,
+    loaded: hub.Loaded,
+    watch: Watch | None = None,
+    material: Windows | None = None,
+    shelf: Shelf | None = None,
 ) -> Prepared:
     """Measure the dense model, calibrate on it and decompose its matrices; it stays as it is.
 
@@ -122,6 +84,8 @@ def prepare(
         loaded: the model.
         watch: called with (stage, done, total).
         material: what to run it on, and how its loss is measured; default: what the recipe names.
+        shelf: the cache, from which a causal language model on text takes what was made before; to the
+            bit, the result is the same.
 
     Raises:
         EckartError: any of its subclasses.
@@ -129,51 +93,61 @@ def prepare(
     model = loaded.model
     if models.low_rank_modules(model) or stores.stored(model):
         raise ModelError("the model is already low-rank or in few bits: eckart.densify it first")
-    written = accounting.written_bytes(model, spending.output_dtype(recipe, loaded.stored))
+    written = accounting.written_bytes(model, planning.output_dtype(recipe, loaded.stored))
     run = Run(watch or silent)
     try:
         run.warnings.extend(splitting.unfold(model, recipe.split == "fused"))
-        prepared = _prepared(recipe, loaded, run, material)
+        prepared = _prepared(recipe, loaded, run, material, shelf)
     except BaseException:
         kinds.fold(model)
         raise
     return replace(prepared, before=replace(prepared.before, bytes=written))
 
 
-def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None) -> Prepared:
+def _prepared(
+    recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None, shelf: Shelf | None
+) -> Prepared:
     """Prepare a model whose matrices are all nn.Linear."""
     model = loaded.model
-    found = spending.targets_of(recipe, model)
+    found = planning.targets_of(recipe, model)
     for target in found:
         check_matrix(models.weight(model, target), target.name)
-    timed = spending.timed(recipe, model, found, loaded.stored, run.watch)
-    limit = spending.limit_of(recipe, model, found, loaded.stored, timed)
+    dtype = planning.output_dtype(recipe, loaded.stored)
+    timed = planning.times_of(recipe, model, found, loaded.stored, run.watch)
+    limit = planning.limit_of(recipe, model, found, loaded.stored, timed)
     suspected = dimensions.find(model, found)
-    bases = _bases(recipe, model, found, suspected)
+    bases = planning.bases_of(recipe, model, found, suspected)
     # An unreachable budget is refused now, not after the calibration.
     selection.unseen(recipe, limit, model, found, suspected, bases)
     texts = _material(recipe, loaded, run, material)
-    narrowable = _dimensions(recipe, model, found, texts)
+    narrowable = planning.dimensions_of(recipe, model, found, texts)
     selection.unseen(recipe, limit, model, found, narrowable, bases)
-    attentions = _heads(recipe, model, found) if texts.is_text else []
-    dense = _measure(run, "measure dense", model, texts.held_out)
-    dense_foreign = _measure(run, "measure dense", model, texts.foreign)
-    with run.stage("calibrate") as progress:
-        names = [name for target in found for name in target.modules]
-        calibrated = statistics_of(recipe, model, names, texts.calibration, progress)
-    run.warnings.extend(routing.fill(model, found, calibrated.stats))
-    blocks: dict[str, float] = {}
-    if recipe.depth and isinstance(texts.trial, Tensor):
-        with run.stage("try blocks") as progress:
-            blocks = rebuild.block_losses(model, found, texts.trial[:_DEPTH_WINDOWS], progress)
-    with run.stage("factor") as progress:
-        parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress, bases)
-        run.warnings.extend(lacking)
-    before = sizes(model, found, spending.output_dtype(recipe, loaded.stored))
-    decomposed = Decomposed(parts, narrowable, attentions, blocks, bases)
-    measured = spending.measured(timed, model, found, run)
+    attentions = planning.heads_of(recipe, model, found) if texts.is_text else []
+    cached = None
+    if shelf is not None and texts.is_text:
+        with run.stage("look into cache"):
+            cached = Cached.of(shelf, model, loaded.source, run.warnings)
+    dense = decomposing.measure_dense(run, model, texts.held_out, cached)
+    dense_foreign = decomposing.measure_dense(run, model, texts.foreign, cached)
+    open_ones = Decomposed({}, narrowable, attentions, {}, bases)
+    blocks = decomposing.block_losses(recipe, model, found, texts, run, cached)
+    factored = decomposing.factored(recipe, model, found, open_ones, texts, run, cached)
+    run.warnings.extend(factored.warnings)
+    before = sizes(model, found, dtype)
+    decomposed = replace(open_ones, parts=factored.parts, blocks=blocks)
+    passed = timekeeping.measured(timed, model, found, run)
     return Prepared(
-        loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run, timed, measured
+        loaded,
+        found,
+        decomposed,
+        before,
+        texts,
+        dense,
+        dense_foreign,
+        factored.calibrated,
+        run,
+        timed,
+        passed,
     )
 
 
@@ -185,36 +159,6 @@ def _material(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
             material = reading.read(recipe, loaded, run.warnings)
         running.check(recipe, material, loaded.model)
         return running.remembered(loaded.model, material)
-
-
-def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
-    """Return the attentions whose heads may be made narrower one by one, each verified."""
-    return heads.found(model, dimensions.find(model, found)) if spending.by_heads(recipe) else []
-
-
-def _bases(
-    recipe: Recipe, model: nn.Module, found: Sequence[Target], suspected: Sequence[Dimension]
-) -> list[tuple[str, ...]]:
-    if recipe.resolved_method().form != "shared":
-        return []
-    return sharing.bases(model, found, suspected, recipe.layers)
-
-
-def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target], texts: Windows) -> list[Dimension]:
-    """Return the hidden dimensions that may be made narrower, each verified."""
-    if not recipe.resolved_method().narrows:
-        return []
-    suspected = dimensions.find(model, found)
-    seen = running.outputs(model, texts)
-    verified = dimensions.verified(
-        model, suspected, lambda whole, dimension: dimensions.holds(whole, dimension, seen)
-    )
-    if recipe.resolved_method().form == "width" and not any(found.kind == "mlp" for found in verified):
-        raise ModelError(
-            f"{type(model).__name__} has no MLP that can be made narrower among the treated matrices: its "
-            "matrices must be nn.Linear, with nothing between them that mixes channels; use form pivoted"
-        )
-    return verified
 
 
 def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) -> tuple[Any, Result]:
@@ -230,7 +174,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         NotFinite: a factor does not fit the output dtype, or the model's logits are not finite.
     """
     loaded, run = prepared.loaded, prepared.run
-    dtype, texts = spending.output_dtype(recipe, loaded.stored), prepared.texts
+    dtype, texts = planning.output_dtype(recipe, loaded.stored), prepared.texts
     anchored = recipe.resolved_method().target == "anchored"
     original = copy.deepcopy(loaded.model) if recipe.heal is not None or anchored else None
     model, found, modules, kept, timing = _made(recipe, prepared)
@@ -241,15 +185,15 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     one_shot, foreign = None, None
     healing: tuple[Refined, ...] = ()
     if recipe.heal is not None:
-        one_shot = _measure(run, "measure one shot", model, texts.held_out)
-        foreign = _measure(run, "measure one shot", model, texts.foreign)
+        one_shot = decomposing.measured(run, "measure one shot", model, texts.held_out)
+        foreign = decomposing.measured(run, "measure one shot", model, texts.foreign)
         healing = _healed(recipe, prepared, model, original, ward)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     with accounting.rounded(model, found, dtype) as after:
-        compressed = _measure(run, "measure compressed", model, texts.held_out)
-        elsewhere = _measure(run, "measure compressed", model, texts.foreign)
+        compressed = decomposing.measured(run, "measure compressed", model, texts.held_out)
+        elsewhere = decomposing.measured(run, "measure compressed", model, texts.foreign)
     modules = assemble.updated(modules, found, model)
-    timing = spending.with_measured(timing, prepared.measured, model, found, run)
+    timing = timekeeping.with_measured(timing, prepared.measured, model, found, run)
     plugin.mark(kinds.fold(model))
     after = replace(after, bytes=accounting.written_bytes(model, dtype))
     predicted = sum(module.loss for module in modules)
@@ -287,10 +231,10 @@ Kept = list[tuple[Choice, str]]
 def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept, Timing | None]:
     """Choose, and put the modules into the model; return it, its targets and what became of them."""
     run, found, model = prepared.run, prepared.found, prepared.loaded.model
-    dtype = spending.output_dtype(recipe, prepared.loaded.stored)
     stored = prepared.loaded.stored
-    timed = spending.timed(recipe, model, found, stored, run.watch, prepared.timed)
-    limit = spending.limit_of(recipe, model, found, stored, timed)
+    dtype = planning.output_dtype(recipe, stored)
+    timed = planning.times_of(recipe, model, found, stored, run.watch, prepared.timed)
+    limit = planning.limit_of(recipe, model, found, stored, timed)
     with run.stage("choose") as progress:
         trial, decomposed = prepared.texts.trial, prepared.decomposed
 
@@ -364,13 +308,6 @@ def _healed(
 
 def _digest(rows: Rows | None) -> str:
     return mend.hash_of(rows.tolist() if isinstance(rows, Tensor) else None)
-
-
-def _measure(run: Run, name: str, model: Any, rows: Rows | None) -> Measured | None:
-    if rows is None:
-        return None
-    with run.stage(name) as progress:
-        return running.quality(model, rows, progress)
 
 
 def load_for(recipe: Recipe, low_rank: bool = False) -> hub.Loaded:

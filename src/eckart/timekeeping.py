@@ -1,4 +1,4 @@
-"""What a recipe treats of a model, and what there is to spend on it: parameters, bytes or measured time."""
+"""The times that decide over a recipe: from a file or measured, and those of the model before and after."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,41 +7,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import dimensions, hub, latency, losses, mixtures, models
+from . import dimensions, latency, mixtures, models
 from . import timed as in_time
-from .choices import Budget, fixed_bytes, settle
 from .errors import ModelError
 from .latency import Timing
 from .models import Target
-from .recipe import FLOAT, Recipe
+from .recipe import Recipe
 from .speed import passing, timetable
 from .stages import Run, Watch
 from .timed import Timed
-
-
-def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
-    """Return the matrices that `recipe` treats, with those that it only stores."""
-    found = models.targets(model, recipe.include, recipe.exclude)
-    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
-    stored = recipe.embeddings_storage != FLOAT
-    return [*found, *models.ends(model, found, recipe.exclude)] if stored else found
-
-
-def by_heads(recipe: Recipe) -> bool:
-    """Tell whether heads may be made narrower: mixed does better with ranks, and no stock config says it."""
-    return recipe.resolved_method().form == "width" and not recipe.stock
-
-
-def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype of the output: the recipe's, or the source's."""
-    return hub.dtype(recipe.dtype) if recipe.dtype else stored
 
 
 def timed(
     recipe: Recipe,
     model: nn.Module,
     found: Sequence[Target],
-    stored: torch.dtype,
+    place: torch.device,
+    dtype: torch.dtype,
     watch: Watch | None = None,
     known: Timed | None = None,
 ) -> Timed | None:
@@ -51,7 +33,7 @@ def timed(
         recipe: workload, times, multiple, form.
         model: the dense model, or its skeleton.
         found: its targets.
-        stored: dtype of the source.
+        place, dtype: what the model is computed on, and in.
         watch: (stage, done, total).
         known: what was had before, and is taken again where it fits.
 
@@ -69,10 +51,6 @@ def timed(
     method = recipe.resolved_method()
     suspected = dimensions.find(model, found) if method.narrows else []
     own = in_time.wanted(found, method.low_rank, suspected)
-    place = losses.device_of(model)
-    if place.type == "meta":
-        place = hub.device(recipe.device)
-    dtype = hub.compute_dtype(output_dtype(recipe, stored), place)
     table = timetable.obtain(recipe.times, own, tokens, place, dtype, watch)
     return Timed.of(table, tokens, recipe.multiple)
 
@@ -85,25 +63,6 @@ def _refuse_experts(model: nn.Module, found: Sequence[Target]) -> None:
             f"{inside} belongs to an expert, which runs for some tokens only, so its time per token is not "
             "that of its shape: give keep or size without an objective, or leave experts out (exclude)"
         )
-
-
-def limit_of(
-    recipe: Recipe,
-    model: nn.Module,
-    found: Sequence[Target],
-    stored: torch.dtype,
-    times: Timed | None = None,
-) -> Budget:
-    """Return what there is to spend on `found`; `times` as `timed` gave them."""
-    if times is not None and recipe.latency is not None:
-        return in_time.in_time(times, latency.parse(recipe.latency), found)
-    itemsize = output_dtype(recipe, stored).itemsize
-    attentions = dimensions.find(model, found) if by_heads(recipe) else []
-    fixed = fixed_bytes(
-        model, found, recipe.resolved_method().low_rank, itemsize, attentions, itemised=recipe.stores
-    )
-    budget = settle(recipe, found, models.parameter_count(model), fixed, itemsize)
-    return budget if times is None else in_time.within(times, recipe.resolved_objective, budget, found)
 
 
 def measured(times: Timed | None, model: Any, found: Sequence[Target], run: Run) -> float | None:

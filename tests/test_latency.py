@@ -47,7 +47,8 @@ from eckart.speed.times import Kind, Row, Times, Where
 from eckart.timed import Timed
 
 from . import tiny
-from .test_dimensions import FAST, SEEDS, Setup
+from .test_dimensions import Setup
+from .test_linalg import FAST, SEEDS
 
 WHERE = Where("cpu", "a processor", "float32", 1, "2.0")
 TEXT = ("t.txt",)

@@ -28,6 +28,7 @@ from .batches import Call, Key
 from .errors import ConfigError, ModelError
 from .healing import Healing
 from .joined import Joined, Tied
+from .latency import Objective
 from .methods import Allocation, Shape
 from .objectives import Loss
 from .overrides import Override
@@ -53,6 +54,10 @@ def compress(
     size: int | str | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    latency: float | str | None = None,
+    objective: Objective | None = None,
+    workload: int | str | None = None,
+    times: str | Path | None = None,
     max_ppl_increase: str | None = None,
     method: str | None = None,
     allocation: Allocation | None = None,
@@ -90,7 +95,7 @@ def compress(
     tokenizer: Any = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Any, Result]:
-    """Compress a model to a budget: one of keep, size, rank, energy, max_ppl_increase.
+    """Compress a model to a budget: one of keep, size, rank, energy, latency, max_ppl_increase.
 
     A causal language model is run on `text`. Any other model, of transformers or not, is run on `batches`,
     and its loss is measured before and after instead of a perplexity:
@@ -136,6 +141,8 @@ def compress(
     given = {
         "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
         "max_ppl_increase": max_ppl_increase, "method": method,
+        "latency": latency, "objective": objective, "workload": workload,
+        "times": None if times is None else str(times),
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
         "correction": correction, "correction_rank": correction_rank,
         "correction_storage": correction_storage, "stock": stock, "depth": depth, "split": split,

@@ -22,6 +22,7 @@ from .errors import (
 )
 from .evaluating import evaluate
 from .exporting import export
+from .exports.session import open_export
 from .healing import Healing
 from .overrides import Override
 from .plugin import densify
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "merge",
     "nystrom",
+    "open_export",
     "pretrain",
     "quantise",
     "resize",

@@ -163,6 +163,15 @@ def test_windows_and_narrow_layers(tmp_path: Path, compress: Compress, tokenizer
     assert not torch.allclose(logits(whole, row[None])[0], expected, atol=1e-3)
 
 
+@torch.no_grad()
+def test_experts_that_all_run_give_what_the_chosen_ones_give(compress: Compress) -> None:
+    model, _ = compress(tiny.build("mixtral"), method="svd")
+    expected = logits(model, tiny.tokens())
+    prepare.prepare(model, few_bits=False)
+    assert any(isinstance(part, prepare.EveryExpert) for part in model.modules())
+    assert torch.allclose(logits(model, tiny.tokens()), expected, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_a_wrong_export_is_refused_and_leaves_nothing(
     compressed_folder: Path, kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,7 +156,7 @@ def compare(session: Session, expected: Reference) -> Check:
 def _fed(session: Session, text: Tensor, prompt: int) -> Tensor:
     """Return the logits of every token of `text`: its prompt, a piece, then one by one."""
     session.reset()
-    pieces = [text[:prompt], text[prompt:-_ONE_BY_ONE], *text[-_ONE_BY_ONE:].split(1)]
+    pieces = [text[:prompt], text[prompt:-_ONE_BY_ONE], *torch.split(text[-_ONE_BY_ONE:], 1)]
     return torch.cat([session.feed(piece, every=True) for piece in pieces])
 
 

@@ -4,17 +4,46 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import dense, models, stores
+from ..experts import Experts
 from ..factors import FactoredLinear, LowRank, PivotedLinear, parameters
 from ..quant.corrected import CorrectedLinear
 from ..quant.leaves import mixed
 
 
+class EveryExpert(nn.Module):
+    """What Experts compute, without a choice that depends on the tokens: every expert sees every token.
+
+    Args:
+        experts: what it stands for.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.each = experts.each
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the weighted sum (tokens, d) over the chosen experts, the others with weight 0.
+
+        Args:
+            hidden_states: (tokens, d).
+            top_k_index: (tokens, k), the experts of each token; an index beyond the last one is none.
+            top_k_weights: (tokens, k).
+        """
+        total = torch.zeros_like(hidden_states)
+        for index, expert in enumerate(self.each):
+            weight = torch.where(top_k_index == index, top_k_weights, 0).sum(-1, keepdim=True)
+            total = total + expert(hidden_states) * weight.to(hidden_states.dtype)
+        return total
+
+
 @torch.no_grad()
 def prepare(model: Any, few_bits: bool, multiple: int = 1) -> Any:
     """Return `model` without stored and corrected modules; they become the floats that they stand for.
+
+    Experts in single matrices all run, since a graph cannot choose by the tokens.
 
     Args:
         model: with low-rank modules or without; it is changed, in place.
@@ -27,6 +56,9 @@ def prepare(model: Any, few_bits: bool, multiple: int = 1) -> Any:
         if isinstance(module, CorrectedLinear):
             models.replace(model, name, dense.dense_corrected(module, torch.float32))
     stores.unstore(model)
+    for name, module in [*model.named_modules()]:
+        if isinstance(module, Experts):
+            model.set_submodule(name, EveryExpert(module))
     if not few_bits:
         return model
     found = models.low_rank_modules(model)
@@ -54,7 +86,7 @@ def _in_few_bits(module: FactoredLinear | PivotedLinear, multiple: int) -> nn.Mo
     return made
 
 
-def _map(module: FactoredLinear | PivotedLinear) -> tuple[torch.Tensor, torch.Tensor]:
+def _map(module: FactoredLinear | PivotedLinear) -> tuple[Tensor, Tensor]:
     if isinstance(module, FactoredLinear):
         factors = module.map()
         return factors.left, factors.right

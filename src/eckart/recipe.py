@@ -7,7 +7,7 @@ from typing import Any, Literal
 import yaml
 
 from . import healing, methods
-from .construct import construct, parse_size
+from .construct import construct, parse_percent, parse_size
 from .errors import ConfigError
 from .healing import Healing
 from .methods import ALLOCATIONS, SHAPES, Allocation, Method, Shape
@@ -25,7 +25,7 @@ AUTO, FLOAT = "auto", "float"
 """Storages that are none: chosen per matrix, and the output dtype."""
 _STOCK_MULTIPLE = 32
 _CORRECTION_RANK, _CORRECTION_STORAGE = 16, "int8"
-_BUDGETS = ("keep", "size", "rank", "energy")
+_BUDGETS = ("keep", "size", "rank", "energy", "max_ppl_increase")
 _LISTS = ("data", "eval_data", "text", "eval_text", "foreign_text", "include", "exclude", "overrides")
 _CHOICES: dict[str, tuple[str, ...]] = {
     "of": ("model", "linears"),
@@ -66,6 +66,8 @@ class Recipe:
         size: bytes of the weight files instead, a number or a text such as "200MB" (10^6).
         rank: the same rank for every matrix instead.
         energy: the share of every (weighted) squared spectrum to hold instead.
+        max_ppl_increase: instead the smallest keep whose measured perplexity is above the dense model's by at
+            most this percentage, such as "3%".
         method: a preset of eckart.methods.METHODS ...
         allocation: ... whose allocation ...
         form: ... and form may be changed.
@@ -120,6 +122,7 @@ class Recipe:
     size: int | str | None = None
     rank: int | None = None
     energy: float | None = None
+    max_ppl_increase: str | None = None
     method: str = methods.DEFAULT
     allocation: Allocation | None = None
     form: Shape | None = None
@@ -187,6 +190,13 @@ class Recipe:
                 f"got {' and '.join(given) or 'no budget'}: give exactly one of {', '.join(_BUDGETS)}"
             )
         self.rule()
+        if self.max_ppl_increase is not None:
+            self.increase()
+            if self.heal is not None:
+                raise ConfigError(
+                    "max_ppl_increase is measured before anything is healed: leave out heal, and heal the "
+                    "output afterwards, or give a keep"
+                )
 
     def check_method(self) -> None:
         """Raise ConfigError if allocation and method do not fit."""
@@ -293,6 +303,10 @@ class Recipe:
             raise ConfigError(
                 f"method {self.method!r} looks at data: give text to calibrate on, or use method svd"
             )
+        if self.max_ppl_increase is not None and not (self.text or self.eval_text):
+            raise ConfigError(
+                "max_ppl_increase is measured on text, and there is none: give text or eval_text"
+            )
         if self.statistics() and not (self.text or self.data):
             raise ConfigError(
                 f"correction {self.correction!r} looks at data: give text, or use loftq or lorc"
@@ -310,6 +324,11 @@ class Recipe:
     def size_bytes(self) -> int | None:
         """Return the size budget in bytes, None when there is none."""
         return None if self.size is None else parse_size(self.size)
+
+    def increase(self) -> float | None:
+        """Return how far the perplexity may be above the dense model's, a fraction; None: no such budget."""
+        given = self.max_ppl_increase
+        return None if given is None else parse_percent("max_ppl_increase", given)
 
     def resolved_method(self) -> Method:
         """Return the preset with the recipe's own allocation and form put in."""

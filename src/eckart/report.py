@@ -11,11 +11,12 @@ from . import environment, report_healing, tasks
 from .choices import Choice
 from .hub import DTYPES
 from .measure import Comparison, Perplexity
-from .pipeline import Plan
+from .planning import Plan
 from .quant import storage
 from .recipe import FLOAT, Recipe, to_yaml
 from .render import markdown_table, table, to_json
 from .report_quality import calibration_line, not_measured, quality_remarks, quality_rows
+from .report_search import search_table
 from .report_sizes import mb, share, size_rows
 from .result import Module, Result
 
@@ -54,6 +55,8 @@ def renderable(result: Result) -> RenderableType:
     parts: list[RenderableType] = [table(title, ("", "before", "after", "share"), rows)]
     if _is_stored(result):
         parts.append(table("stored as", STORAGE_COLUMNS, storage_rows(result)))
+    if result.search is not None:
+        parts.append(search_table(result.search))
     if result.healing:
         steps = report_healing.step_rows(result.healing)
         parts.append(table("healing", report_healing.STEP_COLUMNS, steps))

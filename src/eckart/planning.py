@@ -1,0 +1,116 @@
+"""What a recipe treats and may spend: the plan, before anything is run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import dimensions, heads, hub, kinds, models, running, selection, sharing, splitting
+from .choices import Budget, Choice, fixed_bytes, settle
+from .dimensions import Dimension
+from .errors import ConfigError, ModelError
+from .heads import Heads
+from .models import Target
+from .recipe import FLOAT, Recipe
+from .windows import Windows
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a recipe will do to a model, known before any of it runs.
+
+    `exact` is False where spectra will decide the ranks: then `choices` are those of uniform
+    allocation at the same budget, for orientation.
+    """
+
+    recipe: Recipe
+    choices: list[Choice]
+    model_parameters: int
+    exact: bool
+
+
+def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
+    """Return the plan of `recipe` for `model`, which may be a skeleton on the meta device.
+
+    Raises:
+        ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
+        RankError: the budget cannot be reached.
+        ConfigError: the budget is an increase of the perplexity, which only measuring turns into a size.
+    """
+    if recipe.max_ppl_increase is not None:
+        raise ConfigError(
+            f"max_ppl_increase {recipe.max_ppl_increase} is found by measuring, and a plan measures nothing: "
+            "leave out --dry-run, or see eckart curve"
+        )
+    model = kinds.on_meta(model)
+    splitting.unfold(model, recipe.split == "fused")
+    found = targets_of(recipe, model)
+    limit = limit_of(recipe, model, found, stored)
+    decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
+    suspected = dimensions.find(model, found)
+    bases = bases_of(recipe, model, found, suspected)
+    choices = selection.unseen(recipe, limit, model, found, suspected, bases)
+    exact = not decided_by_spectra and not recipe.stock and recipe.split == "none"
+    return Plan(recipe, choices, models.parameter_count(model), exact)
+
+
+def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
+    """Return the matrices that `recipe` treats, with those that it only stores."""
+    found = models.targets(model, recipe.include, recipe.exclude)
+    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
+    stored = recipe.embeddings_storage != FLOAT
+    return [*found, *models.ends(model, found, recipe.exclude)] if stored else found
+
+
+def limit_of(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> Budget:
+    """Return what there is to spend on `found`."""
+    itemsize = output_dtype(recipe, stored).itemsize
+    attentions = dimensions.find(model, found) if _byheads_of(recipe) else []
+    fixed = fixed_bytes(
+        model, found, recipe.resolved_method().low_rank, itemsize, attentions, itemised=recipe.stores
+    )
+    return settle(recipe, found, models.parameter_count(model), fixed, itemsize)
+
+
+def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
+    """Return the dtype of the output: the recipe's, or the source's."""
+    return hub.dtype(recipe.dtype) if recipe.dtype else stored
+
+
+def heads_of(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
+    """Return the attentions whose heads may be made narrower one by one, each verified."""
+    return heads.found(model, dimensions.find(model, found)) if _byheads_of(recipe) else []
+
+
+def bases_of(
+    recipe: Recipe, model: nn.Module, found: Sequence[Target], suspected: Sequence[Dimension]
+) -> list[tuple[str, ...]]:
+    """Return the names of the matrices that share a right factor, where the form says so."""
+    if recipe.resolved_method().form != "shared":
+        return []
+    return sharing.bases(model, found, suspected, recipe.layers)
+
+
+def _byheads_of(recipe: Recipe) -> bool:
+    """Tell whether heads may be made narrower: mixed does better with ranks, and no stock config says it."""
+    return recipe.resolved_method().form == "width" and not recipe.stock
+
+
+def dimensions_of(
+    recipe: Recipe, model: nn.Module, found: Sequence[Target], texts: Windows
+) -> list[Dimension]:
+    """Return the hidden dimensions that may be made narrower, each verified."""
+    if not recipe.resolved_method().narrows:
+        return []
+    suspected = dimensions.find(model, found)
+    seen = running.outputs(model, texts)
+    verified = dimensions.verified(
+        model, suspected, lambda whole, dimension: dimensions.holds(whole, dimension, seen)
+    )
+    if recipe.resolved_method().form == "width" and not any(found.kind == "mlp" for found in verified):
+        raise ModelError(
+            f"{type(model).__name__} has no MLP that can be made narrower among the treated matrices: its "
+            "matrices must be nn.Linear, with nothing between them that mixes channels; use form pivoted"
+        )
+    return verified

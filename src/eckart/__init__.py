@@ -24,6 +24,7 @@ from .errors import (
 )
 from .evaluating import evaluate
 from .exporting import export
+from .exports.session import open_export
 from .fusing import fuse, unfuse
 from .healing import Healing
 from .overrides import Override
@@ -69,6 +70,7 @@ __all__ = [
     "load",
     "merge",
     "nystrom",
+    "open_export",
     "pretrain",
     "quantise",
     "resize",

@@ -51,7 +51,7 @@ LAYERS = {
     "stages": 2,
     "width": 2,
     "consensus": 3,
-    "joint": 3,
+    "joint_pivots": 3,
     "lean": 3,
     "embeddings": 3,
     "lessons": 3,

@@ -25,6 +25,7 @@ from . import (
     models,
     plugin,
     reading,
+    readings,
     rebuild,
     routing,
     running,
@@ -167,6 +168,7 @@ def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
     narrowable = _dimensions(recipe, model, found, texts)
     selection.unseen(recipe, limit, model, found, narrowable, bases)
     attentions = _heads(recipe, model, found) if texts.is_text else []
+    same = readings.find(model, found, running.outputs(model, texts)) if recipe.share_inputs else []
     dense = _measure(run, "measure dense", model, texts.held_out)
     dense_foreign = _measure(run, "measure dense", model, texts.foreign)
     with run.stage("calibrate") as progress:
@@ -178,10 +180,12 @@ def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
         with run.stage("try blocks") as progress:
             blocks = rebuild.block_losses(model, found, texts.trial[:_DEPTH_WINDOWS], progress)
     with run.stage("factor") as progress:
-        parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress, bases)
+        parts, lacking = factor(
+            recipe, model, found, narrowable, attentions, calibrated, progress, bases, same
+        )
         run.warnings.extend(lacking)
     before = sizes(model, found, output_dtype(recipe, loaded.stored))
-    decomposed = Decomposed(parts, narrowable, attentions, blocks, bases)
+    decomposed = Decomposed(parts, narrowable, attentions, blocks, bases, same)
     return Prepared(loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run)
 
 
@@ -339,15 +343,8 @@ def _anchor(recipe: Recipe, prepared: Prepared, model: Any, original: Any) -> No
     assert isinstance(prepared.texts.calibration, Tensor)
     with prepared.run.stage("anchor") as progress:
         metrics = closed.Metrics({})
-        closed.refit(
-            model,
-            original,
-            prepared.texts.calibration,
-            1.0,
-            metrics=metrics,
-            damp=recipe.damp,
-            watch=progress,
-        )
+        rows = prepared.texts.calibration
+        closed.refit(model, original, rows, 1.0, metrics=metrics, damp=recipe.damp, watch=progress)
 
 
 def _healed(

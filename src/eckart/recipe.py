@@ -41,7 +41,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "correction": tuple(correction.METHODS),
     "correction_storage": (FLOAT, *STORAGES),
 }
-_SWITCHES = ("stock", "depth", "bos", "trust_remote_code")
+_SWITCHES = ("stock", "depth", "share_inputs", "bos", "trust_remote_code")
 _NUMBERS = ("keep", "energy", "damp", "alpha")
 _AT_LEAST = {
     "multiple": 1,
@@ -72,6 +72,7 @@ class Recipe:
         stock: by width alone and the same in every layer, so that the result is an ordinary model of the
             same architecture, which needs no eckart.
         depth: whole blocks may be left out.
+        share_inputs: matrices that read the same input may have a common right factor, where that costs less.
         landmarks: how the units to keep of a hidden dimension are chosen; default: the method's.
         split: `fused`: projections that are one matrix for queries, keys and values, or for gate and up,
             are treated part by part, with a rank for each (`qkv_proj.v_rows`); `none`: as they are.
@@ -125,6 +126,7 @@ class Recipe:
     form: Shape | None = None
     stock: bool = False
     depth: bool = False
+    share_inputs: bool = False
     landmarks: Landmarks | None = None
     split: Split = "none"
     layers: int = 2
@@ -212,6 +214,13 @@ class Recipe:
             raise ConfigError(
                 f"depth weighs blocks against ranks and widths by the loss of each: allocation "
                 f"{method.allocation!r} does not; use method eckart"
+            )
+        if self.share_inputs and (method.allocation != "curvature" or method.low_rank is None or self.stores):
+            raise ConfigError(
+                "share_inputs weighs common right factors against others by the loss of each, stored in the "
+                f"output dtype; allocation {method.allocation!r}, form {method.form!r} and storage "
+                f"{self.matrices_storage!r} were given: use method eckart or io-svd, with storage float and "
+                "no stock or width"
             )
         if self.allocation == "curvature" and method.outputs != "gradient":
             raise ConfigError(

@@ -45,7 +45,7 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
             (eckart.shared.SharedLinear), with "source": the name of the module that has it, unless it is its
             own, and a difference of rank r or none (0); or {"kind": "joint", "rank": r, "own": o} for one
             that goes on from a joint product of rank r (eckart.joint.JointLinear), with "basis": the name
-            of the module whose `down` that is, unless it is its own, and "own" only where the form is pivoted.
+            of the module whose `down` that is, unless it is its own, and "own" only where it is pivoted.
         storage: dotted name of an nn.Linear or nn.Embedding, or of one inside of the modules above -> the
             name of its storage (eckart.quant.storage.STORAGES); or {"table": t} for what is tied in an
             output head to the stored embeddings t.

@@ -8,21 +8,9 @@ from typing import Any
 import torch
 
 from . import (
-    fusing,
-    hub,
-    losses,
-    mend,
-    models,
-    pipeline,
-    points,
-    quantising,
-    recipe,
-    report,
-    report_healing,
-    report_sharing,
-    running,
-    tasks,
-)
+    fusing, hub, losses, mend, models, pipeline, points, quantising,
+    recipe, report, report_healing, report_sharing, running, tasks,
+)  # fmt: skip
 from .adapt import loading
 from .batches import Call, Key
 from .errors import ConfigError, ModelError
@@ -69,6 +57,7 @@ def compress(
     correction_storage: str | None = None,
     stock: bool | None = None,
     depth: bool | None = None,
+    share_inputs: bool | None = None,
     split: Split | None = None,
     text: Sources | None = None,
     eval_text: Sources | None = None,
@@ -146,6 +135,7 @@ def compress(
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
         "correction": correction, "correction_rank": correction_rank,
         "correction_storage": correction_storage, "stock": stock, "depth": depth, "split": split,
+        "share_inputs": share_inputs,
         "text": sources(text), "eval_text": sources(eval_text),
         "include": sources(include), "exclude": sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),

@@ -13,6 +13,7 @@ from .heads import Heads
 from .menus import Estimates, Kitchen
 from .models import Target
 from .ranks import Energy, Fixed, Keep, allocate, by_energy, legal_widths, uniform
+from .readings import Reading
 from .recipe import Recipe
 
 Rule = Fixed | Keep | Energy | None
@@ -53,6 +54,7 @@ def choose(
     exchange: float = 1.0,
     blocks: Mapping[str, float] | None = None,
     bases: Sequence[tuple[str, ...]] = (),
+    readings: Sequence[Reading] = (),
 ) -> list[Choice]:
     """Return what becomes of every target, in order, within `budget`.
 
@@ -68,6 +70,7 @@ def choose(
             of widths; below 1, those of widths are divided by it.
         blocks: what it costs to leave out each of these blocks.
         bases: names of the matrices that share a right factor.
+        readings: matrices of one input that may have a common right factor.
 
     Raises:
         RankError: the budget cannot be reached.
@@ -94,7 +97,7 @@ def choose(
         left = budget.limit - budget.spent(list(decided.values()))
         if method.allocation == "curvature" and estimates is not None:
             own_heads = {found.name: found for found in heads}
-            kitchen = Kitchen(recipe, estimates, budget)
+            kitchen = Kitchen(recipe, estimates, budget, readings)
             offered = kitchen.menus(free, open_ones, own_heads, exchange)
             fixed = {models.owner(name, blocks or {}) for name in decided}
             whole = {block: lost for block, lost in (blocks or {}).items() if block not in fixed}

@@ -144,6 +144,10 @@ def compress(
     depth: Annotated[
         bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")
     ] = None,
+    share_inputs: Annotated[
+        bool | None,
+        typer.Option("--share-inputs/--own-inputs", help="q, k, v and gate, up may share a right factor."),
+    ] = None,
     landmarks: Annotated[
         str | None, typer.Option(help="Channels to keep: by curvature, leverage or energy.")
     ] = None,
@@ -200,7 +204,7 @@ def compress(
         "times": None if times is None else str(times),
         "max_ppl_increase": max_ppl_increase,
         "method": method, "form": form, "storage": storage, "embeddings": embeddings,
-        "stock": stock, "depth": depth, "split": split, "landmarks": landmarks,
+        "stock": stock, "depth": depth, "split": split, "share_inputs": share_inputs, "landmarks": landmarks,
         "allocation": allocation, "multiple": multiple,
         "task": task, "data": tuple(data or ()), "eval_data": tuple(eval_data or ()),
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),

@@ -15,6 +15,7 @@ from .models import Target
 from .quant import storage
 from .quant.noise import Noise
 from .ranks import Curve, either, legal_ranks, legal_widths, together, width_curve
+from .readings import Reading
 from .recipe import AUTO, FLOAT, Recipe
 
 AUTOMATIC = (FLOAT, "int8", "int6", "int5", "int4", "nf4-dq", "int3", "int2")
@@ -51,11 +52,13 @@ class Kitchen:
         recipe: form, multiple, storages.
         estimates: of losses.
         budget: what a choice costs in it, and which it admits.
+        readings: matrices that may have a common right factor.
     """
 
     recipe: Recipe
     estimates: Estimates
     budget: Budget
+    readings: Sequence[Reading] = ()
 
     @property
     def cost(self) -> Callable[[Choice], int]:
@@ -89,12 +92,46 @@ class Kitchen:
             mlp = dimension is not None and dimension.kind == "mlp"
             rate = max(exchange, 1.0) if mlp else 1.0
             alone = {target.name: self._alone(target, rate) for target in targets}
-            inside = together(list(alone.values())) if own is None else self._by_heads(own, alone)
+            inside = together(self._each(targets, alone, rate)) if own is None else self._by_heads(own, alone)
             if dimension is not None:
                 cheaper = min(exchange, 1.0) if mlp else 1.0
                 inside = either([*self._narrowed(targets, dimension, cheaper), inside])
             menus.append(inside)
-        return [*menus, *(self._alone(target) for target in left.values())]
+        rest = {name: self._alone(target) for name, target in left.items()}
+        return [*menus, *self._each(list(left.values()), rest, 1.0)]
+
+    def _each(self, targets: Sequence[Target], alone: Mapping[str, Options], rate: float) -> list[Options]:
+        """Return the menus `alone` of `targets`, those of one input joined, with the common factor."""
+        by_name = {target.name: target for target in targets}
+        menus = dict(alone)
+        for reading in self.readings:
+            if by_name.keys() >= set(reading.members):
+                apart = together([menus.pop(name) for name in reading.members])
+                common = self._common([by_name[name] for name in reading.members], reading, rate)
+                menus[reading.name] = either([common, apart])
+        return list(menus.values())
+
+    def _common(self, members: Sequence[Target], reading: Reading, rate: float) -> Options:
+        """Return the stack of `members` at every rank that is worth it, and dense."""
+        form = reading.form(self.recipe.resolved_method().low_rank)
+        assert form is not None
+        tail, whole = rate * self.estimates.losses[reading.name], tuple(dense(target) for target in members)
+        highest = len(tail) - 1
+        if not reading.once:  # then each is an ordinary product of two factors
+            highest = min(highest, *(target.shape[0] for target in members))
+        options, costs = [], []
+        for rank in range(self.recipe.step(), highest + 1, self.recipe.step()):
+            option = tuple(Choice(target, form, rank, basis=reading.members) for target in members)
+            price = sum(map(self.cost, option))
+            if price < sum(map(self.cost, whole)):
+                options.append(option)
+                costs.append(price)
+        places = torch.tensor([option[0].rank for option in options], dtype=torch.int64)
+        return Curve(
+            (*options, whole),
+            (*costs, sum(map(self.cost, whole))),
+            (*tail[places].tolist(), 0.0),
+        )
 
     def _alone(self, target: Target, rate: float = 1.0) -> Options:
         """Return what one matrix may become by itself: any storage, dense or at any rank that is worth it."""

@@ -25,6 +25,7 @@ from . import (
     planning,
     plugin,
     reading,
+    readings,
     rebuild,
     running,
     selection,
@@ -123,13 +124,14 @@ def _prepared(
     narrowable = planning.dimensions_of(recipe, model, found, texts)
     selection.unseen(recipe, limit, model, found, narrowable, bases)
     attentions = planning.heads_of(recipe, model, found) if texts.is_text else []
+    same = readings.find(model, found, running.outputs(model, texts)) if recipe.share_inputs else []
     cached = None
     if shelf is not None and texts.is_text:
         with run.stage("look into cache"):
             cached = Cached.of(shelf, model, loaded.source, run.warnings)
     dense = decomposing.measure_dense(run, model, texts.held_out, cached)
     dense_foreign = decomposing.measure_dense(run, model, texts.foreign, cached)
-    open_ones = Decomposed({}, narrowable, attentions, {}, bases)
+    open_ones = Decomposed({}, narrowable, attentions, {}, bases, same)
     blocks = decomposing.block_losses(recipe, model, found, texts, run, cached)
     factored = decomposing.factored(recipe, model, found, open_ones, texts, run, cached)
     run.warnings.extend(factored.warnings)
@@ -275,15 +277,8 @@ def _anchor(recipe: Recipe, prepared: Prepared, model: Any, original: Any) -> No
     assert isinstance(prepared.texts.calibration, Tensor)
     with prepared.run.stage("anchor") as progress:
         metrics = closed.Metrics({})
-        closed.refit(
-            model,
-            original,
-            prepared.texts.calibration,
-            1.0,
-            metrics=metrics,
-            damp=recipe.damp,
-            watch=progress,
-        )
+        rows = prepared.texts.calibration
+        closed.refit(model, original, rows, 1.0, metrics=metrics, damp=recipe.damp, watch=progress)
 
 
 def _healed(

@@ -44,7 +44,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "correction": tuple(correction.METHODS),
     "correction_storage": (FLOAT, *STORAGES),
 }
-_SWITCHES = ("stock", "depth", "bos", "trust_remote_code")
+_SWITCHES = ("stock", "depth", "share_inputs", "bos", "trust_remote_code")
 _NUMBERS = ("keep", "energy", "damp", "alpha")
 _AT_LEAST = {
     "multiple": 1,
@@ -82,6 +82,7 @@ class Recipe:
         stock: by width alone and the same in every layer, so that the result is an ordinary model of the
             same architecture, which needs no eckart.
         depth: whole blocks may be left out.
+        share_inputs: matrices that read the same input may have a common right factor, where that costs less.
         landmarks: how the units to keep of a hidden dimension are chosen; default: the method's.
         split: `fused`: projections that are one matrix for queries, keys and values, or for gate and up,
             are treated part by part, with a rank for each (`qkv_proj.v_rows`); `none`: as they are.
@@ -140,6 +141,7 @@ class Recipe:
     form: Shape | None = None
     stock: bool = False
     depth: bool = False
+    share_inputs: bool = False
     landmarks: Landmarks | None = None
     split: Split = "none"
     layers: int = 2

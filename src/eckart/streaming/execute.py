@@ -54,6 +54,7 @@ def check(recipe: Recipe) -> None:
         "heal": recipe.heal is not None,
         "stock": recipe.stock,
         "depth": recipe.depth,
+        "share_inputs": recipe.share_inputs,
         "correction": recipe.correction is not None,
         f"split {recipe.split!r}": recipe.split != "none",
         "form 'shared'": method.form == "shared",

@@ -8,20 +8,8 @@ from typing import Any
 import torch
 
 from . import (
-    fusing,
-    hub,
-    losses,
-    mend,
-    models,
-    pipeline,
-    points,
-    quantising,
-    recipe,
-    report,
-    report_healing,
-    report_sharing,
-    running,
-    tasks,
+    fusing, hub, losses, mend, models, pipeline, points, quantising,
+    recipe, report, report_healing, report_sharing, running, tasks,
 )  # fmt: skip
 from .adapt import loading
 from .batches import Call, Key
@@ -236,8 +224,16 @@ def quantise(
     by_name = isinstance(model, (str, Path))
     resolved = _resolve(None, given | ({"model": str(model)} if by_name else {}))
     quantising.check(resolved)
-    own = pipeline.load_for(resolved, low_rank=True) if by_name else _given(model, tokenizer)
-    return quantising.quantise(resolved, own, watch)
+    return quantising.quantise(resolved, loaded_for(resolved) if by_name else _given(model, tokenizer), watch)
+
+
+def loaded_for(resolved: Recipe) -> hub.Loaded:
+    """Load the model that `resolved` names, compressed or not, to compute on its device.
+
+    Raises:
+        ModelError: it names none, or it cannot be loaded.
+    """
+    return pipeline.load_for(resolved, low_rank=True)
 
 
 def heal(

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from . import api, hub, joining, models, pipeline, tying
+from . import api, hub, joining, models, tying
 from . import recipe as recipes
 from .api import Sources
 from .groups import Sharing, Start, What
@@ -20,7 +20,7 @@ def _recipe(given: dict[str, Any], where: str) -> Recipe:
 
 def _loaded(model: Any, tokenizer: Any, resolved: Recipe) -> hub.Loaded:
     by_name = isinstance(model, (str, Path))
-    return pipeline.load_for(resolved, low_rank=True) if by_name else api._given(model, tokenizer)
+    return api.loaded_for(resolved) if by_name else api._given(model, tokenizer)
 
 
 def _named(model: Any) -> dict[str, str]:

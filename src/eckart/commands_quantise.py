@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from . import api, hub, pipeline, quantising, recipe, render
+from . import api, hub, quantising, recipe, render
 from .bars import Bars
 from .quant.correction import METHODS
 from .terminal import (
@@ -75,7 +75,7 @@ def quantise(
         quantising.check(resolved)
         with Bars() as bars:
             bars.watch("load", 0, 1)
-            loaded = pipeline.load_for(resolved, low_rank=True)
+            loaded = api.loaded_for(resolved)
             small, result = quantising.quantise(resolved, loaded, bars.watch)
             bars.watch("write", 0, 1)
             api.save(small, loaded.tokenizer, out, result, overwrite=overwrite)

@@ -8,8 +8,20 @@ from typing import Any
 import torch
 
 from . import (
-    fusing, hub, losses, mend, models, pipeline, points, quantising,
-    recipe, report, report_healing, report_sharing, running, tasks,
+    fusing,
+    hub,
+    losses,
+    mend,
+    models,
+    pipeline,
+    points,
+    quantising,
+    recipe,
+    report,
+    report_healing,
+    report_sharing,
+    running,
+    tasks,
 )  # fmt: skip
 from .adapt import loading
 from .batches import Call, Key
@@ -228,11 +240,7 @@ def quantise(
 
 
 def loaded_for(resolved: Recipe) -> hub.Loaded:
-    """Load the model that `resolved` names, compressed or not, to compute on its device.
-
-    Raises:
-        ModelError: it names none, or it cannot be loaded.
-    """
+    """Load the model that `resolved` names, compressed or not, to compute on its device (or ModelError)."""
     return pipeline.load_for(resolved, low_rank=True)
 
 

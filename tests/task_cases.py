@@ -11,7 +11,6 @@ from transformers import (
     SamMaskDecoderConfig,
     SamPromptEncoderConfig,
     SamVisionConfig,
-    SuperPointConfig,
     VitDetConfig,
     VitPoseBackboneConfig,
 )
@@ -214,14 +213,6 @@ CASES |= {
     "text-to-spectrogram": (
         "SpeechT5ForTextToSpeech", "SpeechT5Config", _SPEECH,
         {"input_ids": ids(6), "decoder_input_values": noise(8, 8), "speaker_embeddings": noise(8)},
-    ),
-    "keypoint-matching": (
-        "SuperGlueForKeypointMatching", "SuperGlueConfig",
-        {"hidden_size": 16, "keypoint_encoder_sizes": [8, 16], "gnn_layers_types": ["self", "cross"],
-         "num_attention_heads": 2, "keypoint_detector_config": SuperPointConfig(
-             encoder_hidden_sizes=[8, 8, 16, 16], decoder_hidden_size=16, keypoint_decoder_dim=65,
-             descriptor_decoder_dim=16, max_keypoints=8)},
-        {"pixel_values": noise(2, 3, 32, 32).abs()},
     ),
     "pre-training": ("BertForPreTraining", "BertConfig", _TEXT, padded(ids(8))),
     "table-question-answering": (

@@ -50,7 +50,6 @@ _MAPPING = {
     "AutoModelForTextToSpectrogram": "MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING_NAMES",
     "AutoModelForTableQuestionAnswering": "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES",
     "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
-    "AutoModelForKeypointMatching": "MODEL_FOR_KEYPOINT_MATCHING_MAPPING_NAMES",
     "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
 }
@@ -165,8 +164,6 @@ _KNOWN = (
          _OUTPUTS, Parts((), ("mean_predictions", "full_predictions"))),
     Task("text-to-spectrogram", "AutoModelForTextToSpectrogram", "data", "text-to-speech", _OUTPUTS,
          Parts((), ("spectrogram",))),
-    Task("keypoint-matching", "AutoModelForKeypointMatching", "data", "keypoint-matching", _OUTPUTS,
-         Parts((), ("matching_scores",))),
     Task("table-question-answering", "AutoModelForTableQuestionAnswering", "data", "table-question-answering",
          _DISTANCE),
     Task("feature-extraction", "AutoModel", "either", "feature-extraction", _DISTANCE),

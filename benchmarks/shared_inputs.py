@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from eckart import environment, joint, models, pipeline, ranks, render
 from eckart.factors import FORMS, MODULES, FactoredLinear, Form, parameters
 from eckart.joint import JointLinear
+from eckart.measure import Perplexity
 from eckart.pipeline import Prepared
 from eckart.recipe import Recipe, from_mapping
 from eckart.speed import layers
@@ -78,8 +79,8 @@ def quality(recipe: Recipe, made: Prepared, keep: float, form: str, share: bool)
     loaded = replace(made.loaded, model=copy.deepcopy(made.loaded.model))
     model, result = pipeline.finish(own, replace(made, loaded=loaded, decomposed=decomposed))
     groups = Counter(len(names) for names in _groups(model).values())
-    assert result.dense is not None
-    assert result.compressed is not None
+    assert isinstance(result.dense, Perplexity)
+    assert isinstance(result.compressed, Perplexity)
     return {
         "keep": keep, "form": form, "share": share, "perplexity": result.compressed.perplexity,
         "loss": result.compressed.loss - result.dense.loss, "estimated": result.predicted_increase,
@@ -161,14 +162,14 @@ def ways(width: int, heights: tuple[int, ...], keep: float) -> dict[str, nn.Modu
     """Return maps of one input, dense and in each way at the same share of parameters, random."""
     total = sum(heights)
     found = {"dense": _holder([nn.Linear(width, m, bias=False) for m in heights])}
-    for form in ("factored", "pivoted"):
-        parts = []
+    for form in FORMS:
+        parts: list[nn.Module] = []
         for height in heights:
-            rank = ranks.uniform(ranks.Keep(keep), form, (height, width))  # type: ignore[arg-type]
-            parts.append(nn.Linear(width, height, bias=False) if rank is None
-                         else MODULES[form](width, height, rank))  # type: ignore[index]  # fmt: skip
+            own = ranks.uniform(ranks.Keep(keep), form, (height, width))
+            whole = nn.Linear(width, height, bias=False)
+            parts.append(whole if own is None else MODULES[form](width, height, own))
         found[f"apart, {form}"] = _holder(parts)
-        rank = ranks.uniform(ranks.Keep(keep), form, (total, width))  # type: ignore[arg-type]
+        rank = ranks.uniform(ranks.Keep(keep), form, (total, width))
         assert rank is not None
         made = _joint(width, heights, rank, form == "pivoted")
         found[f"joint, {form}"] = _holder(list(made))
@@ -229,7 +230,7 @@ def show(results: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         lines += [f"dense: {results['dense']:.2f}", "", render.markdown_table(QUALITY, rows)]
     if results.get("estimates"):
-        rows = [
+        compared = [
             (
                 form, keep, count, f"{row['median']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
                 f"{row['better']} of {row['groups']}",
@@ -238,9 +239,9 @@ def show(results: Mapping[str, Any]) -> str:
             for keep, counts in keeps.items()
             for count, row in counts.items()
         ]  # fmt: skip
-        lines += ["", render.markdown_table(ESTIMATES, rows)]
+        lines += ["", render.markdown_table(ESTIMATES, compared)]
     if results["speed"]:
-        rows = [
+        timed = [
             (
                 row["stack"], str(row["tokens"]), f"{row['dense'] * 1e6:,.0f}",
                 *(
@@ -251,13 +252,13 @@ def show(results: Mapping[str, Any]) -> str:
             )
             for row in results["speed"].values()
         ]  # fmt: skip
-        lines += ["", render.markdown_table(["maps", "tokens", "dense, us", *WAYS], rows)]
+        lines += ["", render.markdown_table(["maps", "tokens", "dense, us", *WAYS], timed)]
     return "\n".join(lines)
 
 
 def main() -> None:
     options = arguments()
-    results = {"quality": {}, "speed": {}}
+    results: dict[str, Any] = {"quality": {}, "speed": {}}
     if options.out.is_file():
         results = json.loads(options.out.read_text())
 
@@ -290,7 +291,7 @@ def main() -> None:
             common, options.cache, {"keep": 0.6, "of": "linears"}
         )
         recipe = from_mapping({**common, "keep": 0.6, "of": "linears"})
-        assert made.dense is not None
+        assert isinstance(made.dense, Perplexity)
         results["dense"], results["protocol"] = made.dense.perplexity, {
             name: value for name, value in common.items() if name not in ("model", "text", "eval_text")
         }  # fmt: skip

@@ -26,6 +26,8 @@ from .stats import Stats
 from .width import Narrowing
 from .windows import Rows
 
+_ZERO = "zero"
+
 Found = WeightedSVD | Narrowing | ValueNarrowing | PairNarrowing
 
 
@@ -219,8 +221,14 @@ def factor(
 
 def shortages(recipe: Recipe, short: Mapping[str, int]) -> list[str]:
     """Return the warnings about moments of a kind that lack so many tokens."""
+    zero = (
+        "some matrices read nothing but zeros, or have no gradient, on the calibration data: they seem to "
+        "cost nothing, and are cut as if all inputs were alike"
+    )
     return [
-        f"too few tokens for the rank of some {kind} moments: {need:,} are needed, damping "
+        zero
+        if kind == _ZERO
+        else f"too few tokens for the rank of some {kind} moments: {need:,} are needed, damping "
         f"({recipe.damp:g}) fills the gap"
         for kind, need in short.items()
     ]
@@ -324,7 +332,9 @@ def factor_block(
             )
         for kind in method.statistics():
             moment = stats.moment(kind, target.name)
-            if methods.shortage(moment):
+            if methods.is_zero(moment):
+                short[_ZERO] = 1
+            elif methods.shortage(moment):
                 short[kind] = max(short.get(kind, 0), moment.total.shape[0])
     return parts
 

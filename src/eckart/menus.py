@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import models
-from .choices import Choice, Options, dense, narrow
+from .choices import Budget, Choice, Options, dense, narrow
 from .dimensions import Dimension
 from .factors import Form
 from .heads import Heads
@@ -51,14 +51,19 @@ class Kitchen:
     Args:
         recipe: form, multiple, storages.
         estimates: of losses.
-        cost: of a choice, in parameters or bytes.
+        budget: what a choice costs in it, and which it admits.
         readings: matrices that may have a common right factor.
     """
 
     recipe: Recipe
     estimates: Estimates
-    cost: Callable[[Choice], int]
+    budget: Budget
     readings: Sequence[Reading] = ()
+
+    @property
+    def cost(self) -> Callable[[Choice], int]:
+        """What a choice costs."""
+        return self.budget.cost
 
     def menus(
         self,
@@ -140,8 +145,10 @@ class Kitchen:
         if form is not None:
             tail = rate * self.estimates.losses[target.name]
             noises = self._noises(target.name, stored, len(tail))
-            ranks = legal_ranks(form, target.shape, self.recipe.step())
+            step = self.recipe.step() if self.budget.step is None else self.budget.step(form, target.shape)
+            ranks = legal_ranks(form, target.shape, step)
             chosen = [Choice(target, form, rank, storage=stored) for rank in ranks]
+            chosen = [choice for choice in chosen if self.budget.admits(choice)]
             fitting = [(c, p) for c in chosen if (p := self.cost(c)) < costs[0]]
             places = torch.tensor([choice.rank for choice, _ in fitting], dtype=torch.int64)
             losses = [*(tail + noises)[places].tolist(), *losses]
@@ -167,16 +174,17 @@ class Kitchen:
         found: list[Options] = []
         for stored in storages(self.recipe, members[0]):
             noise = sum(self._noise(target.name, stored) for target in members)
-            options = [
-                tuple(
+            options = {
+                width: tuple(
                     narrow(t, width, units, "columns" if t.name == dimension.reader else "rows", stored)
                     for t in members
                 )
                 for width in widths
-            ]
-            costs = [sum(map(self.cost, option)) for option in options]
-            losses = [float(tail[width]) + noise * width / units for width in widths]
-            found.append(Curve(tuple(options), tuple(costs), tuple(losses)))
+            }
+            options = {width: own for width, own in options.items() if all(map(self.budget.admits, own))}
+            costs = [sum(map(self.cost, own)) for own in options.values()]
+            losses = [float(tail[width]) + noise * width / units for width in options]
+            found.append(Curve(tuple(options.values()), tuple(costs), tuple(losses)))
         return found
 
     def _by_heads(self, heads: Heads, alone: Mapping[str, Options]) -> Options:

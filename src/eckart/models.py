@@ -33,7 +33,8 @@ LowRankModule = (
 )
 
 # Module kinds whose matrices are not projections: normalisation, position tables, short convolutions.
-_NOT_PROJECTIONS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, nn.Conv1d, nn.Conv2d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
+_NOT_PROJECTIONS = (nn.Embedding, nn.LayerNorm, nn.RMSNorm, *_CONVOLUTIONS)
 _UNTREATED_SHARE = 0.02
 _PROBE_TOKENS = 16
 _PRODUCTS = (nn.Linear, StoredLinear, StoredHead, StoredReturn)

@@ -12,9 +12,10 @@ import copy
 import itertools
 import json
 import math
+import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from eckart import environment, joint, models, pipeline, ranks, render
-from eckart.factors import MODULES, FactoredLinear, LowRank
+from eckart.factors import FORMS, MODULES, FactoredLinear, Form, parameters
+from eckart.joint import JointLinear
 from eckart.measure import Perplexity
 from eckart.pipeline import Prepared
 from eckart.recipe import Recipe, from_mapping
@@ -37,6 +39,8 @@ from eckart.speed.timing import fixed_threads, in_turn
 QUALITY = [
     "keep", "form", "common factors", "perplexity", "loss", "estimated", "q, k, v shared", "gate, up shared",
 ]  # fmt: skip
+ESTIMATES = ["form", "keep", "of one input", "loss, common / apart", "common is better"]
+SHARES = (0.2, 0.4, 0.6, 0.8)
 STACKS = {
     "q, k, v of 576": (576, (576, 192, 192)),
     "gate, up of 576": (576, (1536, 1536)),
@@ -57,6 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--forms", nargs="+", default=["factored", "pivoted", "mixed"])
     parser.add_argument("--cache", type=Path, default=Path(".cache/shared-inputs.pt"))
+    parser.add_argument("--estimates", action="store_true", help="compare estimates, and measure nothing")
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--stacks", nargs="+", default=list(STACKS))
     parser.add_argument("--at", type=int, nargs="+", default=[1, 16, 512], help="tokens at once")
@@ -74,7 +79,7 @@ def quality(recipe: Recipe, made: Prepared, keep: float, form: str, share: bool)
     loaded = replace(made.loaded, model=copy.deepcopy(made.loaded.model))
     model, result = pipeline.finish(own, replace(made, loaded=loaded, decomposed=decomposed))
     groups = Counter(len(names) for names in _groups(model).values())
-    assert result.dense is not None
+    assert isinstance(result.dense, Perplexity)
     assert isinstance(result.compressed, Perplexity)
     return {
         "keep": keep, "form": form, "share": share, "perplexity": result.compressed.perplexity,
@@ -91,6 +96,34 @@ def _groups(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+def estimates(made: Prepared, keep: float, form: Form) -> dict[str, Any]:
+    """Compare, group by group at equal parameters, what a common right factor is estimated to lose."""
+    shapes = {target.name: target.shape for target in made.found}
+    quotients: dict[int, list[float]] = {}
+    for reading in made.decomposed.readings:
+        tails = [made.decomposed.parts[name].losses() for name in reading.members]
+        common = made.decomposed.parts[reading.name].losses()
+        # Without anything, a stack loses what its maps lose.
+        assert math.isclose(float(common[0]), sum(float(tail[0]) for tail in tails), rel_tol=1e-6)
+        whole = (sum(shapes[name][0] for name in reading.members), shapes[reading.members[0]][1])
+        budget = int(keep * whole[0] * whole[1])
+        own = {
+            name: ranks.curve(form, shapes[name], tail)
+            for name, tail in zip(reading.members, tails, strict=True)
+        }
+        chosen = ranks.allocate(own, budget)
+        apart = sum(curve.losses[chosen[name]] for name, curve in own.items())
+        rank = max(r for r in range(1, len(common)) if parameters(form, whole, r) <= budget)
+        quotients.setdefault(len(reading.members), []).append(float(common[rank]) / apart)
+    return {
+        f"{count} maps": {
+            "median": statistics.median(found), "least": min(found), "most": max(found),
+            "groups": len(found), "better": sum(value < 1 for value in found),
+        }
+        for count, found in quotients.items()
+    }  # fmt: skip
+
+
 class Holder(nn.Module):
     """Maps of one input, as an attention has them."""
 
@@ -98,7 +131,7 @@ class Holder(nn.Module):
         return tuple(module(inputs) for module in self.children())
 
 
-def _holder(parts: Sequence[nn.Module]) -> nn.Module:
+def _holder(parts: list[nn.Module]) -> nn.Module:
     made = Holder()
     for place, part in enumerate(parts):
         made.add_module(f"map_{place}", part)
@@ -110,22 +143,36 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)) / math.sqrt(shape[-1])
 
 
+def _joint(width: int, heights: tuple[int, ...], rank: int, pivoted: bool) -> list[JointLinear]:
+    """Return maps with random weights that go on from one product; pivots are spread by height."""
+    down, total, taken = nn.Linear(width, rank, bias=False), sum(heights), 0
+    made, start = [], 0
+    for height in heights:
+        end = rank * (start + height) // total
+        module = JointLinear(down, height, end - taken if pivoted else None)
+        if module.order is not None:
+            places = torch.cat([torch.arange(taken, end), rank + torch.arange(height - (end - taken))])
+            module.order.copy_(places[torch.randperm(height, generator=torch.Generator().manual_seed(0))])
+        made.append(module)
+        start, taken = start + height, end
+    return made
+
+
 def ways(width: int, heights: tuple[int, ...], keep: float) -> dict[str, nn.Module]:
     """Return maps of one input, dense and in each way at the same share of parameters, random."""
     total = sum(heights)
     found = {"dense": _holder([nn.Linear(width, m, bias=False) for m in heights])}
-    for form in ("factored", "pivoted"):
-        parts = []
+    for form in FORMS:
+        parts: list[nn.Module] = []
         for height in heights:
-            rank = ranks.uniform(ranks.Keep(keep), form, (height, width))
-            parts.append(nn.Linear(width, height, bias=False) if rank is None
-                         else MODULES[form](width, height, rank))  # fmt: skip
+            own = ranks.uniform(ranks.Keep(keep), form, (height, width))
+            whole = nn.Linear(width, height, bias=False)
+            parts.append(whole if own is None else MODULES[form](width, height, own))
         found[f"apart, {form}"] = _holder(parts)
         rank = ranks.uniform(ranks.Keep(keep), form, (total, width))
         assert rank is not None
-        stack = LowRank(_random(total, rank), _random(rank, width))
-        made = joint.build(stack, [(height, None) for height in heights], form)
-        found[f"joint, {form}"] = _holder([module.float() for module in made])
+        made = _joint(width, heights, rank, form == "pivoted")
+        found[f"joint, {form}"] = _holder(list(made))
         if form == "factored":
             again: list[nn.Module] = []
             for module in made:
@@ -182,8 +229,19 @@ def show(results: Mapping[str, Any]) -> str:
             for row in results["quality"].values()
         ]  # fmt: skip
         lines += [f"dense: {results['dense']:.2f}", "", render.markdown_table(QUALITY, rows)]
+    if results.get("estimates"):
+        compared = [
+            (
+                form, keep, count, f"{row['median']:.2f} ({row['least']:.2f} to {row['most']:.2f})",
+                f"{row['better']} of {row['groups']}",
+            )
+            for form, keeps in results["estimates"].items()
+            for keep, counts in keeps.items()
+            for count, row in counts.items()
+        ]  # fmt: skip
+        lines += ["", render.markdown_table(ESTIMATES, compared)]
     if results["speed"]:
-        rows = [
+        timed = [
             (
                 row["stack"], str(row["tokens"]), f"{row['dense'] * 1e6:,.0f}",
                 *(
@@ -194,7 +252,7 @@ def show(results: Mapping[str, Any]) -> str:
             )
             for row in results["speed"].values()
         ]  # fmt: skip
-        lines += ["", render.markdown_table(["maps", "tokens", "dense, us", *WAYS], rows)]
+        lines += ["", render.markdown_table(["maps", "tokens", "dense, us", *WAYS], timed)]
     return "\n".join(lines)
 
 
@@ -237,7 +295,11 @@ def main() -> None:
         results["dense"], results["protocol"] = made.dense.perplexity, {
             name: value for name, value in common.items() if name not in ("model", "text", "eval_text")
         }  # fmt: skip
-        for part, form, share in wanted:
+        results["estimates"] = {
+            form: {f"{share:g}": estimates(made, share, form) for share in SHARES} for form in FORMS
+        }
+        keep()
+        for part, form, share in [] if options.estimates else wanted:
             results["quality"][f"{part:g}, {form}, {share}"] = quality(recipe, made, part, form, share)
             keep()
     print(show(results))

@@ -184,15 +184,15 @@ def _joined(form: str = "pivoted", bias: bool = True, seed: int = 0) -> tuple[Ga
     heights, width, rank = [6, 3, 3], 8, 5
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    dense = Gated(heights, width, bias)
+    dense: Any = Gated(heights, width, bias)
     stack = LowRank(*(torch.randn(*s, generator=generator).double() for s in ((12, rank), (rank, width))))
     small = copy.deepcopy(dense)
-    maps: Any = [(linear.out_features, linear.bias) for linear in dense.children()]
+    maps = [(linear.out_features, linear.bias) for linear in dense.children()]
     for place, module in enumerate(joint.build(stack, maps, form)):
         models.replace(small, f"map_{place}", module.float())
     with torch.no_grad():
         for linear, rows in zip(dense.children(), torch.split(stack.dense(), heights), strict=True):
-            linear.weight.copy_(rows)  # type: ignore[operator]
+            linear.weight.copy_(rows)
     return small, dense
 
 
@@ -301,9 +301,11 @@ def test_readings_are_what_reads_one_tensor(name: str) -> None:
         seen[names[module]] = id(args[0])
         kept.append(args[0])  # an id is one's own as long as it lives
 
-    names: dict[Any, str] = {models.find(model, linear): linear for linear in models.linear_names(model)}
-    for linear in names:
-        linear.register_forward_pre_hook(watch)
+    names: dict[nn.Module, str] = {
+        models.find(model, linear): linear for linear in models.linear_names(model)
+    }
+    for module in names:
+        module.register_forward_pre_hook(watch)
     logits(model, tiny.tokens())
     inside = [linear for linear in seen if models.owner(linear, models.block_names(model))]
     for reading in found:
@@ -461,6 +463,20 @@ def test_healing_trains_what_is_shared_once(compress: Compress, text_file: Path,
     assert all(small.get_submodule(own).down is small.get_submodule(first).down for own, first in pairs)
 
 
+def test_a_cache_tells_with_and_without_apart(compress: Compress, tmp_path: Path) -> None:
+    """Decompositions from the cache make the same model, and those without stacks serve none with."""
+    dense = alike(tiny.build("llama"))
+    made = [
+        compress(copy.deepcopy(dense), form="pivoted", cache=tmp_path, **{**HALF, "share_inputs": share})[0]
+        for share in (False, True, True, False)
+    ]
+    found = [logits(model, tiny.tokens()) for model in made]
+    assert [bool(_joint(model)) for model in made] == [False, True, True, False]
+    assert torch.equal(found[1], found[2])
+    assert torch.equal(found[0], found[3])
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+
+
 def test_blocks_may_go_as_well(compress: Compress, tmp_path: Path) -> None:
     """What is shared keeps its name when the block before it is left out."""
     dense = alike(tiny.build("llama", num_hidden_layers=4))
@@ -486,6 +502,11 @@ def test_blocks_may_go_as_well(compress: Compress, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="share_inputs weighs common right factors.*use method eckart"):
         Recipe(keep=0.6, share_inputs=True, **values)
+
+
+def test_plans_in_time_are_refused() -> None:
+    with pytest.raises(ConfigError, match="share_inputs is for plans in bytes.*leave out latency"):
+        Recipe(latency=0.6, share_inputs=True)
 
 
 def test_few_bits_are_refused_by_name(compress: Compress) -> None:

@@ -141,22 +141,18 @@ def compress(
     """
     given = {
         "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
-        "max_ppl_increase": max_ppl_increase, "method": method,
+        "max_ppl_increase": max_ppl_increase, "method": method, "share_inputs": share_inputs,
         "latency": latency, "objective": objective, "workload": workload,
-        "times": None if times is None else str(times),
+        "times": None if times is None else str(times), "dtype": dtype, "device": device,
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
-        "correction": correction, "correction_rank": correction_rank,
-        "correction_storage": correction_storage, "stock": stock, "depth": depth, "split": split,
-        "share_inputs": share_inputs,
+        "correction": correction, "correction_rank": correction_rank, "stock": stock, "depth": depth,
+        "correction_storage": correction_storage, "split": split, "foreign_text": sources(foreign_text),
         "text": sources(text), "eval_text": sources(eval_text),
         "include": sources(include), "exclude": sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),
-        "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed,
-        "dtype": dtype, "device": device,
-        "foreign_text": sources(foreign_text), "heal": heal,
+        "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed, "heal": heal,
     }  # fmt: skip
-    by_name = isinstance(model, (str, Path))
-    if by_name:
+    if by_name := isinstance(model, (str, Path)):
         given["model"] = str(model)
     resolved = _resolve(recipe, given)
     details = (eval_batches, loss, masks, inputs, gradient_batches)

@@ -6,15 +6,14 @@ traced, recomputed, replicated or run in threads is an ordinary forward.
 """
 
 import inspect
-from collections.abc import Hashable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ModelError, RankError
-from .factors import LowRank, Replacement, pivot
+from .factors import LowRank, Replacement, pivot, rearranged
 
 
 class JointLinear(Replacement):
@@ -58,7 +57,7 @@ class JointLinear(Replacement):
         if self.order is None:
             return cast(Tensor, cast(nn.Linear, self.up)(joint))
         known = joint if self.up is None else torch.cat([joint, self.up(joint)], dim=-1)
-        return known.index_select(-1, self.order)
+        return rearranged(known, self.order)
 
     def left(self) -> Tensor:
         """Return the matrix (m, r) from z to the outputs."""
@@ -166,18 +165,22 @@ class _Entrance:
         return _blank, (type(self).__mro__[2],), vars(self)
 
 
-@cache
-def _entered(kind: Hashable) -> type[nn.Module]:
-    assert isinstance(kind, type)
-    assert issubclass(kind, nn.Module)
+_KNOWN: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _entered(kind: type[nn.Module]) -> type[nn.Module]:
+    """Return the class of modules of `kind` that compute a joint product, always the same."""
+    if kind in _KNOWN:
+        return _KNOWN[kind]
     first = next(iter(list(inspect.signature(kind.forward).parameters)[1:]), None)
     if first is None:
         raise ModelError(f"{kind.__name__} takes no input that its projections could share")
-    return type(f"Joint{kind.__name__}", (_Entrance, kind), {"_first": first, "__module__": __name__})
+    made = type(f"Joint{kind.__name__}", (_Entrance, kind), {"_first": first, "__module__": __name__})
+    return _KNOWN.setdefault(kind, made)
 
 
 def _blank(kind: type[nn.Module]) -> nn.Module:
-    made = _entered(cast(Hashable, kind))
+    made = _entered(kind)
     return made.__new__(made)
 
 
@@ -203,7 +206,7 @@ def bind(holder: nn.Module) -> None:
             del vars(holder)["eckart_entry"]
         return
     if not enters(holder):
-        holder.__class__ = _entered(cast(Hashable, type(holder)))
+        holder.__class__ = _entered(type(holder))
     vars(holder)["eckart_entry"] = entry
 
 

@@ -505,7 +505,7 @@ def test_what_does_not_fit_is_refused(values: dict[str, Any]) -> None:
 
 
 def test_plans_in_time_are_refused() -> None:
-    with pytest.raises(ConfigError, match="share_inputs is for plans in bytes.*leave out latency"):
+    with pytest.raises(ConfigError, match="share_inputs with objective 'latency'.*leave one of them out"):
         Recipe(latency=0.6, share_inputs=True)
 
 

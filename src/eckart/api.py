@@ -22,7 +22,7 @@ from . import (
     report_sharing,
     running,
     tasks,
-)
+)  # fmt: skip
 from .adapt import loading
 from .batches import Call, Key
 from .errors import ConfigError, ModelError
@@ -236,11 +236,7 @@ def quantise(
 
 
 def loaded_for(resolved: Recipe) -> hub.Loaded:
-    """Load the model that `resolved` names, compressed or not, to compute on its device.
-
-    Raises:
-        ModelError: it names none, or it cannot be loaded.
-    """
+    """Load the model that `resolved` names, compressed or not, to compute on its device (or ModelError)."""
     return pipeline.load_for(resolved, low_rank=True)
 
 

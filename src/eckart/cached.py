@@ -129,7 +129,7 @@ class Cached:
             "dimensions": [repr(dimension) for dimension in found.dimensions],
             "heads": [repr(own) for own in found.heads],
             "bases": [list(names) for names in found.bases],
-            "readings": [list(reading.members) for reading in found.readings],
+            "readings": [repr(own) for own in found.readings],
         }
         return self.shelf.fetch(
             "decompositions",

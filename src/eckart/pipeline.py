@@ -124,13 +124,13 @@ def _prepared(
     narrowable = planning.dimensions_of(recipe, model, found, texts)
     selection.unseen(recipe, limit, model, found, narrowable, bases)
     attentions = planning.heads_of(recipe, model, found) if texts.is_text else []
+    same = readings.find(model, found, running.outputs(model, texts)) if recipe.share_inputs else []
     cached = None
     if shelf is not None and texts.is_text:
         with run.stage("look into cache"):
             cached = Cached.of(shelf, model, loaded.source, run.warnings)
     dense = decomposing.measure_dense(run, model, texts.held_out, cached)
     dense_foreign = decomposing.measure_dense(run, model, texts.foreign, cached)
-    same = readings.find(model, found, running.outputs(model, texts)) if recipe.share_inputs else []
     open_ones = Decomposed({}, narrowable, attentions, {}, bases, same)
     blocks = decomposing.block_losses(recipe, model, found, texts, run, cached)
     factored = decomposing.factored(recipe, model, found, open_ones, texts, run, cached)

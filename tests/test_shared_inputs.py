@@ -505,7 +505,7 @@ def test_what_does_not_fit_is_refused(values: dict[str, Any]) -> None:
 
 
 def test_plans_in_time_are_refused() -> None:
-    with pytest.raises(ConfigError, match="share_inputs is for plans in bytes.*leave out latency"):
+    with pytest.raises(ConfigError, match="share_inputs with objective 'latency'.*leave one of them out"):
         Recipe(latency=0.6, share_inputs=True)
 
 
@@ -547,3 +547,8 @@ def test_without_anything_joint_folders_stay_as_they_were(compress: Compress) ->
     model, _ = compress(tiny.build("llama"), form="factored")
     assert model.config.quantization_config.format == 5
     assert any(isinstance(part, FactoredLinear) for part in model.modules())
+
+
+def test_plans_in_time_are_refused() -> None:
+    with pytest.raises(ConfigError, match="products in common have no measured times; leave one of them out"):
+        Recipe(model="model", text=("text.txt",), latency="0.6", share_inputs=True)

@@ -78,7 +78,7 @@ def choose(
     if budget.then is not None:
         first = choose(
             recipe, replace(budget, then=None), targets, dimensions, estimates,
-            heads=heads, exchange=exchange, blocks=blocks, bases=bases,
+            heads=heads, exchange=exchange, blocks=blocks, bases=bases, readings=readings,
         )  # fmt: skip
         budget = budget.then(first)
     method = recipe.resolved_method()
@@ -97,8 +97,7 @@ def choose(
         left = budget.limit - budget.spent(list(decided.values()))
         if method.allocation == "curvature" and estimates is not None:
             own_heads = {found.name: found for found in heads}
-            kitchen = Kitchen(recipe, estimates, budget, readings)
-            offered = kitchen.menus(free, open_ones, own_heads, exchange)
+            offered = Kitchen(recipe, estimates, budget, readings).menus(free, open_ones, own_heads, exchange)
             fixed = {models.owner(name, blocks or {}) for name in decided}
             whole = {block: lost for block, lost in (blocks or {}).items() if block not in fixed}
             found = _allocated(menus.with_blocks(offered, whole), budget, left)

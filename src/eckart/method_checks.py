@@ -30,25 +30,20 @@ def check_method(recipe: Any) -> None:
             f"depth weighs blocks against ranks and widths by the loss of each: allocation "
             f"{method.allocation!r} does not; use method eckart"
         )
-    if recipe.share_inputs:
-        _check_share_inputs(recipe, method)
-    if recipe.allocation == "curvature" and method.outputs != "gradient":
-        raise ConfigError(
-            f"allocation 'curvature' needs gradients to have one unit, and method {recipe.method!r} "
-            "has none: use method eckart or io-svd"
-        )
-
-
-def _check_share_inputs(recipe: Any, method: Any) -> None:
-    if method.allocation != "curvature" or method.low_rank is None or recipe.stores:
+    if recipe.share_inputs and (method.allocation != "curvature" or method.low_rank is None or recipe.stores):
         raise ConfigError(
             "share_inputs weighs common right factors against others by the loss of each, stored in the "
             f"output dtype; allocation {method.allocation!r}, form {method.form!r} and storage "
             f"{recipe.matrices_storage!r} were given: use method eckart or io-svd, with storage float and "
             "no stock or width"
         )
-    if recipe.timed:
+    if recipe.share_inputs and recipe.timed:
         raise ConfigError(
-            "share_inputs is for plans in bytes: tables of times have one map a row, and no stack of them; "
-            "leave out latency and the objective, or share_inputs"
+            f"share_inputs with objective {recipe.resolved_objective!r}: products in common have no "
+            "measured times; leave one of them out"
+        )
+    if recipe.allocation == "curvature" and method.outputs != "gradient":
+        raise ConfigError(
+            f"allocation 'curvature' needs gradients to have one unit, and method {recipe.method!r} "
+            "has none: use method eckart or io-svd"
         )

@@ -547,8 +547,3 @@ def test_without_anything_joint_folders_stay_as_they_were(compress: Compress) ->
     model, _ = compress(tiny.build("llama"), form="factored")
     assert model.config.quantization_config.format == 5
     assert any(isinstance(part, FactoredLinear) for part in model.modules())
-
-
-def test_plans_in_time_are_refused() -> None:
-    with pytest.raises(ConfigError, match="products in common have no measured times; leave one of them out"):
-        Recipe(model="model", text=("text.txt",), latency="0.6", share_inputs=True)

@@ -154,7 +154,7 @@ def compress(
     }  # fmt: skip
     if by_name := isinstance(model, (str, Path)):
         given["model"] = str(model)
-    resolved = _resolve(recipe, given)
+    resolved = resolve(recipe, given)
     details = (eval_batches, loss, masks, inputs, gradient_batches)
     if batches is None and any(one is not None for one in details):
         raise ConfigError(
@@ -230,7 +230,7 @@ def quantise(
         "seq_len": seq_len, "seed": seed, "dtype": dtype, "device": device,
     }  # fmt: skip
     by_name = isinstance(model, (str, Path))
-    resolved = _resolve(None, given | ({"model": str(model)} if by_name else {}))
+    resolved = resolve(None, given | ({"model": str(model)} if by_name else {}))
     quantising.check(resolved)
     return quantising.quantise(resolved, loaded_for(resolved) if by_name else _given(model, tokenizer), watch)
 
@@ -305,9 +305,10 @@ def _path(given: str | Path | None) -> Path | None:
     return None if given is None else Path(given)
 
 
-def _resolve(base: Recipe | None, given: dict[str, Any]) -> Recipe:
+def resolve(base: Recipe | None, given: dict[str, Any], where: str = "compress") -> Recipe:
+    """Return `base` with what is given (not None) put over it; `where` is named in errors."""
     start = {} if base is None else {name: getattr(base, name) for name in Recipe.__dataclass_fields__}
-    return recipe.from_mapping(recipe.override(start, given), "compress")
+    return recipe.from_mapping(recipe.override(start, given), where)
 
 
 def _given(model: Any, tokenizer: Any) -> hub.Loaded:

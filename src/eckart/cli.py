@@ -47,21 +47,30 @@ from .terminal import (
     AsJson,
     Bos,
     DataSources,
+    Depth,
     Device,
     EvalDataSources,
     EvalSources,
+    Exclude,
     ForeignSources,
+    FormName,
+    GradientTokens,
+    Include,
     Latency,
     Model,
     NoCache,
     Objective,
+    OutputDtype,
     Overwrite,
     Page,
     Remote,
     RunCache,
+    Seed,
+    SeqLen,
     Sources,
     Storage,
     Times,
+    Tokens,
     Workload,
     failures,
     show,
@@ -127,9 +136,7 @@ def compress(
         str | None,
         typer.Option(help="svd, fwsvd, asvd, svd-llm, io-svd, pifa, nystrom-mlp, eckart (default)."),
     ] = None,
-    form: Annotated[
-        str | None, typer.Option(help="factored, pivoted, width or mixed; default: the method's.")
-    ] = None,
+    form: FormName = None,
     storage: Storage = None,
     embeddings: Annotated[
         str | None, typer.Option(help="Storage of embeddings and output head; default: the same.")
@@ -141,9 +148,7 @@ def compress(
     split: Annotated[
         str | None, typer.Option("--split", metavar="none|fused", help="Treat q, k, v of one matrix apart.")
     ] = None,
-    depth: Annotated[
-        bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")
-    ] = None,
+    depth: Depth = None,
     share_inputs: Annotated[
         bool | None,
         typer.Option("--share-inputs/--own-inputs", help="q, k, v and gate, up may share a right factor."),
@@ -160,18 +165,18 @@ def compress(
     ] = False,
     cache: RunCache = None,
     no_cache: NoCache = False,
-    include: Annotated[list[str] | None, typer.Option(help="Globs on module names to treat.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Globs on module names to leave alone.")] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     multiple: Annotated[
         int | None, typer.Option(help="Ranks and widths are multiples of this (1; stock: 32).")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to calibrate on (32768).")] = None,
-    gradient_tokens: Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
+    tokens: Tokens = None,
+    gradient_tokens: GradientTokens = None,
+    seq_len: SeqLen = None,
     eval_tokens: Annotated[
         int | None, typer.Option(help="Tokens to measure on, before and after (12288).")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Which windows are taken (0).")] = None,
+    seed: Seed = None,
     labels: Annotated[
         str | None, typer.Option(help="Loss of the gradients: on 'text' or 'sampled' labels.")
     ] = None,
@@ -180,9 +185,7 @@ def compress(
     ] = None,
     alpha: Annotated[float | None, typer.Option(help="Exponent of asvd (0.5).")] = None,
     bos: Bos = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the output; default: the source's, bfloat16 for GGUF.")
-    ] = None,
+    dtype: OutputDtype = None,
     device: Device = None,
     trust_remote_code: Remote = None,
     recipe_file: Annotated[

@@ -15,12 +15,23 @@ from .files import check_new
 from .shelf import VARIABLE, Shelf, default_folder
 from .terminal import (
     AsJson,
+    Depth,
     Device,
     EvalSources,
+    EvalTokens,
+    Exclude,
+    FormName,
+    GradientTokens,
+    Include,
+    KeepsOf,
     NoCache,
+    OutputDtype,
     Remote,
+    Seed,
+    SeqLen,
     Sources,
     Storage,
+    Tokens,
     WholeCache,
     failures,
     numbers,
@@ -44,32 +55,24 @@ def curve(
         list[str] | None,
         typer.Option(help="Keeps at which a model is made and measured as well; several, or 0.9,0.6."),
     ] = None,
-    of: Annotated[
-        str | None, typer.Option(help="Keeps count the 'model' (default) or its 'linears'.")
-    ] = None,
+    of: KeepsOf = None,
     method: Annotated[
         str | None, typer.Option(help="As in compress; eckart (default) and io-svd predict.")
     ] = None,
-    form: Annotated[
-        str | None, typer.Option(help="factored, pivoted, width or mixed; default: the method's.")
-    ] = None,
+    form: FormName = None,
     storage: Storage = None,
     stock: Annotated[
         bool | None, typer.Option("--stock/--no-stock", help="By width, as an ordinary model.")
     ] = None,
-    depth: Annotated[
-        bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")
-    ] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Globs on module names to treat.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Globs on module names to leave alone.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to calibrate on (32768).")] = None,
-    gradient_tokens: Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Tokens to measure on (12288).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which windows are taken (0).")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the output; default: the source's, bfloat16 for GGUF.")
-    ] = None,
+    depth: Depth = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    tokens: Tokens = None,
+    gradient_tokens: GradientTokens = None,
+    seq_len: SeqLen = None,
+    eval_tokens: EvalTokens = None,
+    seed: Seed = None,
+    dtype: OutputDtype = None,
     cache: WholeCache = None,
     no_cache: NoCache = False,
     device: Device = None,
@@ -148,7 +151,7 @@ def cache(
                 e.kind,
                 e.source,
                 f"{e.bytes / _MB:,.1f}",
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(e.made)),
+                _moment(e.made),
             )
             for e in entries
         ]

@@ -18,6 +18,7 @@ from .terminal import (
     Overwrite,
     Precision,
     Remote,
+    SeqLen,
     failures,
     show,
     work_folder,
@@ -68,7 +69,7 @@ def heal(
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many evaluations without a new best (4).")
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
+    seq_len: SeqLen = None,
     seed: Annotated[int | None, typer.Option(help="Order of the windows (0).")] = None,
     eval_text: Annotated[
         list[str] | None, typer.Option(help="Text to measure perplexity on, before and after.")

@@ -15,10 +15,15 @@ from .terminal import (
     Bos,
     Device,
     EvalSources,
+    EvalTokens,
     ForeignSources,
+    GradientTokens,
     Overwrite,
     Remote,
+    Seed,
+    SeqLen,
     Sources,
+    Tokens,
     failures,
     show,
 )
@@ -29,11 +34,6 @@ Method = Annotated[
     str | None,
     typer.Option(help="Whose metric is fitted in: eckart (default), svd-llm, or svd, which needs no text."),
 ]
-Tokens = Annotated[int | None, typer.Option(help="Tokens to calibrate on (32768).")]
-GradientTokens = Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")]
-SeqLen = Annotated[int | None, typer.Option(help="Window length (512).")]
-EvalTokens = Annotated[int | None, typer.Option(help="Tokens to measure on (12288).")]
-Seed = Annotated[int | None, typer.Option(help="Which windows are taken (0).")]
 Dtype = Annotated[str | None, typer.Option(help="Of the output; default: as stored.")]
 
 

@@ -12,7 +12,20 @@ from .checkpoint import appearing
 from .errors import ConfigError
 from .files import check_new
 from .tasks import TASKS
-from .terminal import AsJson, Bos, DataSources, Device, Page, Remote, Sources, failures, show
+from .terminal import (
+    AsJson,
+    Bos,
+    DataSources,
+    Device,
+    GradientTokens,
+    Page,
+    Remote,
+    Seed,
+    SeqLen,
+    Sources,
+    failures,
+    show,
+)
 
 
 def spectrum(
@@ -29,9 +42,9 @@ def spectrum(
         str | None, typer.Option(help=f"What the model is for: {', '.join(TASKS)}; default: as stored.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to take second moments on (32768).")] = None,
-    gradient_tokens: Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which windows are taken (0).")] = None,
+    gradient_tokens: GradientTokens = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
     damp: Annotated[
         float | None, typer.Option(help="Damping of the metrics, in units of their mean (1e-4).")
     ] = None,

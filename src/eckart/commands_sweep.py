@@ -8,7 +8,26 @@ import typer
 from . import render, report_sweep, sweeping
 from .bars import Bars
 from .commands_curve import chosen
-from .terminal import AsJson, EvalSources, NoCache, Remote, WholeCache, failures, numbers, show, words
+from .terminal import (
+    AsJson,
+    EvalSources,
+    EvalTokens,
+    Exclude,
+    GradientTokens,
+    Include,
+    KeepsOf,
+    NoCache,
+    OutputDtype,
+    Remote,
+    Seed,
+    SeqLen,
+    Tokens,
+    WholeCache,
+    failures,
+    numbers,
+    show,
+    words,
+)
 
 
 def sweep(
@@ -30,20 +49,16 @@ def sweep(
     storages: Annotated[
         list[str] | None, typer.Option(help="float (default), int8, nf4-dq and so on; several, or a,b.")
     ] = None,
-    of: Annotated[
-        str | None, typer.Option(help="Keeps count the 'model' (default) or its 'linears'.")
-    ] = None,
+    of: KeepsOf = None,
     eval_text: EvalSources = None,
-    include: Annotated[list[str] | None, typer.Option(help="Globs on module names to treat.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Globs on module names to leave alone.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to calibrate on (32768).")] = None,
-    gradient_tokens: Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Tokens to measure on (12288).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Which windows are taken (0).")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the output; default: the source's, bfloat16 for GGUF.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    tokens: Tokens = None,
+    gradient_tokens: GradientTokens = None,
+    seq_len: SeqLen = None,
+    eval_tokens: EvalTokens = None,
+    seed: Seed = None,
+    dtype: OutputDtype = None,
     devices: Annotated[
         list[str] | None, typer.Option(help="One process for each: cuda:0,cuda:1; default: one process.")
     ] = None,

@@ -2,11 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import prediction
-from .errors import ConfigError
 from .measure import Perplexity
 from .pages.notebook import Shown
 from .prediction import Correction
@@ -117,34 +116,12 @@ class BudgetCurve(Shown):
             row["error"] = point.error
         return values | {"rows": list(values["rows"])}
 
-    def to_frame(self) -> Any:
-        """Return the rows as a pandas.DataFrame, a column for each field of `Point`.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        return frame(self.rows)
-
     def __str__(self) -> str:
         """Show it as a plain text table."""
         from .render import plain
         from .report_curve import curve_tables
 
         return plain(curve_tables(self))
-
-
-def frame(rows: Sequence[Any]) -> Any:
-    """Return dataclasses of one kind as a pandas.DataFrame.
-
-    Raises:
-        ConfigError: pandas is not installed.
-    """
-    try:
-        import pandas
-    except ImportError as error:
-        raise ConfigError("to_frame needs pandas: pip install pandas, or use rows or to_dict()") from error
-    names = [field.name for field in fields(rows[0])] if rows else []
-    return pandas.DataFrame([[getattr(row, name) for name in names] for row in rows], columns=names)
 
 
 def completed(points: Sequence[Point], dense: Perplexity | None) -> tuple[tuple[Point, ...], Correction]:

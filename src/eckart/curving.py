@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import kinds, pipeline, planning, points, recipe
-from .api import Sources, loaded, loaded_for, sources
+from . import kinds, pipeline, planning, points
+from .api import Sources, loaded, loaded_for, resolve, sources
 from .curves import BudgetCurve, Point, Use, completed
 from .errors import ConfigError
 from .measure import Perplexity
@@ -104,7 +104,7 @@ def curve(
         "seq_len": seq_len, "eval_tokens": eval_tokens, "seed": seed, "dtype": dtype, "device": device,
         "trust_remote_code": trust_remote_code, "keep": 1.0,
     }  # fmt: skip
-    resolved = _resolved(recipe, given)
+    resolved = replace(resolve(recipe, given, "curve"), heal=None)
     shelf = shelf_of(cache)
     return _of_model(resolved, None if by_name else model, tokenizer, keeps, measure, shelf, watch or silent)
 
@@ -135,12 +135,6 @@ def _of_model(
         return _curve(resolved, prepared, keeps, measure, shelf, watch)
     finally:
         kinds.fold(known.model)
-
-
-def _resolved(base: Recipe | None, given: dict[str, Any]) -> Recipe:
-    start = {} if base is None else {name: getattr(base, name) for name in Recipe.__dataclass_fields__}
-    found = recipe.from_mapping(recipe.override(start, given), "curve")
-    return replace(found, heal=None)
 
 
 def _curve(

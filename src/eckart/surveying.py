@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import heads, hub, kinds, models, plugin, reading, recipe, routing, running, splitting, stores
-from .api import Sources, loaded, loaded_for, sources
+from . import heads, hub, kinds, models, plugin, reading, routing, running, splitting, stores
+from .api import Sources, loaded, loaded_for, resolve, sources
 from .calibrate import Calibrated
 from .errors import ModelError
 from .factorize import by_block, matrix_metrics, shortages, statistics_of
@@ -93,7 +93,7 @@ def spectrum(
     by_name = isinstance(model, (str, Path))
     if by_name:
         given["model"] = str(model)
-    resolved = recipe.from_mapping(recipe.override({}, given), "spectrum")
+    resolved = resolve(None, given, "spectrum")
     run = Run(watch or silent)
     if by_name and _in_parts(resolved):
         return _of_files(resolved, ends, run)

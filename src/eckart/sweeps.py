@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .curves import frame
 from .errors import ConfigError
 from .front import front
 from .methods import METHODS, SHAPES
@@ -138,14 +137,6 @@ class Sweep(Shown):
         """Return it as plain JSON values: the fields above, `rows` a list of the fields of `Row`."""
         values = asdict(self)
         return values | {"rows": list(values["rows"])}
-
-    def to_frame(self) -> Any:
-        """Return the rows as a pandas.DataFrame, a column for each field of `Row`.
-
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        return frame(self.rows)
 
     def __str__(self) -> str:
         """Show it as plain text tables."""

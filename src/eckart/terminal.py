@@ -93,6 +93,21 @@ Workload = Annotated[
 Times = Annotated[
     Path | None, typer.Option(help="JSON table of times, read; what it lacks is measured and added.")
 ]
+Include = Annotated[list[str] | None, typer.Option(help="Globs on module names to treat.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="Globs on module names to leave alone.")]
+Tokens = Annotated[int | None, typer.Option(help="Tokens to calibrate on (32768).")]
+GradientTokens = Annotated[int | None, typer.Option(help="Of those, with gradients (16384).")]
+SeqLen = Annotated[int | None, typer.Option(help="Window length (512).")]
+EvalTokens = Annotated[int | None, typer.Option(help="Tokens to measure on (12288).")]
+Seed = Annotated[int | None, typer.Option(help="Which windows are taken (0).")]
+OutputDtype = Annotated[
+    str | None, typer.Option(help="Of the output; default: the source's, bfloat16 for GGUF.")
+]
+KeepsOf = Annotated[str | None, typer.Option(help="Keeps count the 'model' (default) or its 'linears'.")]
+FormName = Annotated[
+    str | None, typer.Option(help="factored, pivoted, width or mixed; default: the method's.")
+]
+Depth = Annotated[bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
 Page = Annotated[
     Path | None,

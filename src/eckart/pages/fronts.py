@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..front import front as beaten_by_none
 from . import compressed, facts
 from .parts import Axis, Chart, Part, Point, Record, Section, Series, Table, Values
 
@@ -152,12 +153,10 @@ def chart(name: str, title: str, size: str, quality: str, points: Sequence[Sized
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other one equals or beats in both size and quality, by size."""
-    found: list[Point] = []
-    for point in sorted(points, key=lambda one: (one.x, one.y)):
-        if not found or point.y < found[-1].y:
-            found.append(point)
-    return found
+    """Return the points that no other one beats in size or quality without losing in the other, by size."""
+    ordered = sorted(points, key=lambda one: (one.x, one.y))
+    marks = beaten_by_none([(one.x, one.y) for one in ordered])
+    return [one for one, best in zip(ordered, marks, strict=True) if best]
 
 
 def records(values: Values) -> list[Record]:

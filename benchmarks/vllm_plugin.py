@@ -3,9 +3,9 @@
     python benchmarks/vllm_plugin.py DENSE DIR... --venv .cache/engines/vllm
 
 DENSE is a folder or a GGUF file. vLLM lives in an environment of its own, made where it is missing. All
-models are float32; prompts go through one at a time; speeds are taken in turn, DENSE being the reference. The
-script ends with 1 where a token differs though transformers is sure of it: its logits of the two tokens are further
-apart than --tie.
+models are float32; prompts go through one at a time; speeds are taken in turn, DENSE being the reference.
+The script ends with 1 where a token differs though transformers is sure of it: its logits of the two tokens
+are further apart than --tie.
 """
 
 import argparse

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from eckart import models
-from eckart.declaration import declare
+from eckart.declaration import KINDS, declare
 from eckart.errors import StoreError
 from eckart.factors import FactoredLinear, LowRank, NarrowLinear, PartialLinear, build
 from eckart.serving import shards
@@ -34,7 +33,8 @@ def made(form: str, outputs: int, bias: bool, generator: torch.Generator) -> Par
 
     linear = nn.Linear(INPUTS, outputs, bias).to(torch.float64)
     linear.weight = nn.Parameter(draw(outputs, INPUTS))
-    linear.bias = nn.Parameter(draw(outputs)) if bias else linear.bias
+    if bias:
+        linear.bias = nn.Parameter(draw(outputs))
     rank = min(outputs, INPUTS) if form == "full" else max(1, outputs // 2 - 1)
     module: Any = linear
     if form in ("factored", "pivoted", "full"):
@@ -47,7 +47,8 @@ def made(form: str, outputs: int, bias: bool, generator: torch.Generator) -> Par
         module = PartialLinear.slice(linear, "rows", torch.arange(1, outputs, 2))
     if form in ("narrow", "rows"):
         weight, own = module.padded()
-        linear.weight, linear.bias = nn.Parameter(weight), None if own is None else nn.Parameter(own)
+        linear.weight = nn.Parameter(weight)
+        linear.register_parameter("bias", None if own is None else nn.Parameter(own))
     spec = {} if form == "dense" else declare(nn.ModuleDict({"part": module})).modules["part"]
     return module, spec, linear
 
@@ -56,11 +57,11 @@ def state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in module.state_dict().items()}
 
 
-def layer_of(parts: Mapping[str, Part], prefix: str = "a.qkv", **more: Any) -> shards.Layer:
-    names = shards.names(prefix, QKV)
+def layer_of(parts: Mapping[str, Part]) -> shards.Layer:
+    names = shards.names("a.qkv", QKV)
     sizes = [parts[name][2].out_features for name in names]
     return shards.layer(
-        prefix, names, sizes, INPUTS, {name: part[1] for name, part in parts.items() if part[1]}
+        "a.qkv", names, sizes, INPUTS, {name: part[1] for name, part in parts.items() if part[1]}
     )
 
 
@@ -280,11 +281,8 @@ def test_eckart_needs_no_vllm_and_names_its_plugin() -> None:
 
 
 def test_every_form_of_folders_is_run_or_refused() -> None:
-    from eckart.declaration import KINDS
-
     for kind in itertools.chain(KINDS, ("shared",)):
         if kind not in shards.RUNS:
             with pytest.raises(StoreError, match=f"x is {kind}: only"):
                 shards.refuse({"x": {"kind": kind, "rank": 1}}, {}, {})
     assert set(shards.RUNS) - {"narrow", "partial"} <= set(KINDS)
-    assert models.LowRankModule is not None

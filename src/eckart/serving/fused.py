@@ -90,7 +90,7 @@ class FusedLinear(nn.Module):
 
     def products(self) -> list[Product]:
         """Return the products that belong to this layer alone or to several."""
-        return [cast(Product, part) for part in (*self.firsts, *self.seconds) if isinstance(part, Product)]
+        return [part for part in (*self.firsts, *self.seconds) if isinstance(part, Product)]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `inputs` (..., n) to (..., m), without the bias."""
@@ -109,7 +109,7 @@ class FusedLinear(nn.Module):
         firsts: dict[int, Tensor] = {}
         for product, (members, sizes) in zip(self.firsts, self.members, strict=True):
             outputs = self.run(cast(Product, product), inputs)
-            parts = [outputs] if len(sizes) == 1 else outputs.split(sizes, dim=-1)
+            parts = [outputs] if len(sizes) == 1 else torch.split(outputs, sizes, dim=-1)
             firsts.update(zip(members, parts, strict=True))
         pieces = []
         for index, (kind, second) in enumerate(zip(self.kinds, self.seconds, strict=True)):

@@ -106,7 +106,7 @@ class EckartQuantization(QuantizationConfig):  # type: ignore[misc]
             found = self.loaded.get(name, {}).get("down.weight")
             if found is None:
                 raise StoreError(
-                    f"the right factor of {name}, shared by others, is not in the files: copy the folder again"
+                    f"the right factor of {name}, which is shared, is not in the files: copy the folder again"
                 )
             self.bases[name] = Product(found)
             prepare(self.bases[name])
@@ -128,7 +128,7 @@ class EckartLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,

@@ -1,0 +1,1 @@
+"""Compressed folders in serving engines that build their own layers."""

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,12 +11,13 @@ import typer
 from . import (
     __version__,
     api,
+    commands_eval,
     commands_export,
     commands_params,
+    commands_push,
     commands_quantise,
     commands_share,
     commands_spectrum,
-    evaluating,
     healing,
     hub,
     pipeline,
@@ -36,6 +37,7 @@ from .speed import commands_bench
 from .streaming import execute
 from .tasks import TASKS
 from .terminal import (
+    EXIT_CODES,
     AsJson,
     Bos,
     Cache,
@@ -51,6 +53,7 @@ from .terminal import (
     Remote,
     Sources,
     Storage,
+    TextLicence,
     failures,
     show,
     work_folder,
@@ -63,6 +66,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Find the low-rank structure of a language model and shrink the model by it.",
+    epilog=EXIT_CODES,
 )
 
 
@@ -167,6 +171,7 @@ def compress(
         str | None,
         typer.Option(help="Go block by block, from weight files to weight files, within e.g. 6GB."),
     ] = None,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
@@ -199,9 +204,9 @@ def compress(
         hub.check_output(out, overwrite, resolved.model)
         resolved.check_text()
         if memory is not None:
-            result = _stream(resolved, out, memory, overwrite)
+            result = _stream(resolved, out, memory, text_licence, overwrite)
         else:
-            result = _run(resolved, out, overwrite, cache)
+            result = _run(resolved, out, text_licence, overwrite, cache)
         if not is_main():
             return
         show(render.to_json(result.to_dict()) if as_json else result, as_json)
@@ -230,12 +235,16 @@ def _kept_in(out: Path, memory: str | None) -> Path:
     return work_folder(out) if memory is None else execute.work_folder(out)
 
 
-def _stream(resolved: Recipe, out: Path, memory: str, overwrite: bool) -> Result:
+def _stream(resolved: Recipe, out: Path, memory: str, text_licence: str | None, overwrite: bool) -> Result:
     with Bars() as bars:
-        return execute.compress_to(resolved, out, memory=memory, overwrite=overwrite, watch=bars.watch)
+        return execute.compress_to(
+            resolved, out, memory=memory, text_licence=text_licence, overwrite=overwrite, watch=bars.watch
+        )
 
 
-def _run(resolved: Recipe, out: Path, overwrite: bool, cache: Path | None) -> Result:
+def _run(
+    resolved: Recipe, out: Path, text_licence: str | None, overwrite: bool, cache: Path | None
+) -> Result:
     work = work_folder(out)
     with Bars() as bars:
         bars.watch("load", 0, 1)
@@ -243,7 +252,7 @@ def _run(resolved: Recipe, out: Path, overwrite: bool, cache: Path | None) -> Re
         prepared = pipeline.prepare(resolved, loaded, bars.watch)
         model, result = pipeline.finish(resolved, prepared, Ward(work, cache))
         bars.watch("write", 0, 1)
-        api.save(model, loaded.tokenizer, out, result, overwrite=overwrite)
+        api.save(model, loaded.tokenizer, out, result, text_licence=text_licence, overwrite=overwrite)
         bars.watch("write", 1, 1)
     shutil.rmtree(work, ignore_errors=True)
     return result.with_file_bytes(hub.weight_bytes(out))
@@ -308,6 +317,7 @@ def heal(
     dtype: Annotated[str | None, typer.Option(help="Of the output; default: as stored.")] = None,
     device: Device = None,
     trust_remote_code: Remote = False,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -334,43 +344,17 @@ def heal(
             if not is_main():
                 return
             tokenizer = hub.load_tokenizer(model, trust_remote_code=remote)
-            api.save(found, tokenizer, out, done, source=model, overwrite=overwrite)
+            api.save(
+                found, tokenizer, out, done, source=model, text_licence=text_licence, overwrite=overwrite
+            )
         shutil.rmtree(work_folder(out), ignore_errors=True)
         show(render.to_json(done.to_dict()) if as_json else done, as_json)
         if not as_json:
             print(f"written to {out}")
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder (compressed or not) or .gguf file.")],
-    text: Annotated[list[str], typer.Option("--text", help="Text: a file, a .jsonl, or a datasets id.")],
-    tokens: Annotated[int, typer.Option(help="Tokens from the start of the text.")] = 24_576,
-    seq_len: Annotated[int, typer.Option(help="Window length.")] = 512,
-    against: Annotated[str | None, typer.Option(help="A model to compare with.")] = None,
-    bos: Bos = False,
-    dtype: Annotated[str | None, typer.Option(help="To compute in; default: float32 on a CPU.")] = None,
-    device: Device = None,
-    trust_remote_code: Remote = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure perplexity, and how far a model is from another."""
-    with failures():
-        options: dict[str, Any] = {
-            "tokens": tokens, "seq_len": seq_len, "bos": bos, "dtype": dtype, "device": device,
-            "against": against, "trust_remote_code": trust_remote_code,
-        }  # fmt: skip
-        with Bars() as bars:
-            bars.watch("load", 0, 1)
-            found = evaluating.evaluate(
-                model, text, watch=lambda done, total: bars.watch("evaluate", done, total), **options
-            )
-        if as_json:
-            print(render.to_json({"model": model, "text": text, **options, "result": asdict(found)}))
-        else:
-            show(report.evaluation_table(model, found, against), as_json=False)
-
-
+commands_eval.register(app)
+commands_push.register(app)
 commands_tune.register(app)
 commands_adapters.register(app)
 commands_params.register(app)

@@ -22,8 +22,21 @@ FROM = ("--data", "text.txt", "--vocabulary", 257, "--steps", 2, "--batch", 2, "
 HEALED = ("--tokens", 256, "--fit-tokens", 256, "--hold-tokens", 128, "--seq-len", 32, "--refine", "closed")
 WRITING: dict[str, tuple[Any, ...]] = {
     "compressed": ("compress", "dense", "--keep", 0.7, "--of", "linears", "--text", "text.txt", *READ),
-    "streamed": ("compress", "dense", "--keep", 0.7, "--of", "linears", "--method", "svd", "--memory", "2GB",
-                 "--text", "text.txt", *READ),
+    "streamed": (
+        "compress",
+        "dense",
+        "--keep",
+        0.7,
+        "--of",
+        "linears",
+        "--method",
+        "svd",
+        "--memory",
+        "2GB",
+        "--text",
+        "text.txt",
+        *READ,
+    ),
     "healed": ("heal", "compressed", "--teacher", "dense", "--text", "text.txt", *HEALED),
     "quantised": ("quantise", "compressed", "--storage", "int8", "--method", "svd"),
     "shared": ("share", "deep", "--groups", "0-1,2-3", "--method", "svd"),

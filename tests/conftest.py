@@ -68,7 +68,7 @@ def compress(tokenizer: Any, text_file: Path) -> Compress:
 
     def run(model: Any, **options: Any) -> tuple[Any, Any]:
         defaults: dict[str, Any] = {"tokens": 1024, "gradient_tokens": 512, "seq_len": 64}
-        if not {"keep", "size", "rank", "energy"} & set(options):
+        if not {"keep", "size", "rank", "energy", "max_ppl_increase"} & set(options):
             defaults |= {"keep": 0.6, "of": "linears"}
         if isinstance(model, torch.nn.Module):
             defaults["tokenizer"] = tokenizer

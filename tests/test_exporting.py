@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import eckart
 from eckart import ConfigError, ModelError, StoreError, hub
 from eckart.cli import app
+from eckart.exporting import Exported
 
 from . import tiny
 from .conftest import Compress, logits, reload
@@ -18,6 +19,7 @@ from .conftest import Compress, logits, reload
 
 def test_dense_is_the_same_function_in_a_stock_model(compressed_folder: Path, tmp_path: Path) -> None:
     found = eckart.export(compressed_folder, tmp_path / "out", "dense")
+    assert isinstance(found, Exported)
     assert "eckart" not in (tmp_path / "out" / "config.json").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     small, dense = reload(compressed_folder), reload(tmp_path / "out")
@@ -45,6 +47,7 @@ def test_few_bits_become_the_values_that_they_stand_for(
     model, result = compress(tiny.build("llama"), storage=storage, dtype="bfloat16")
     eckart.save(model, tokenizer, tmp_path / "small", result)
     found = eckart.export(tmp_path / "small", tmp_path / "out", dtype="float32")
+    assert isinstance(found, Exported)
     assert found.dtype == "float32"
     assert found.difference is not None
     assert found.difference < 1e-4
@@ -52,6 +55,7 @@ def test_few_bits_become_the_values_that_they_stand_for(
     again = logits(reload(tmp_path / "out"), tiny.tokens())
     assert torch.allclose(again, expected, atol=2e-4 * float(expected.abs().max()))
     rounded = eckart.export(tmp_path / "small", tmp_path / "rounded")
+    assert isinstance(rounded, Exported)
     assert rounded.dtype == "bfloat16"
     assert rounded.bytes[1] < found.bytes[1]
 

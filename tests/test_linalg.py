@@ -737,3 +737,15 @@ def test_a_metric_with_a_negative_diagonal_is_refused() -> None:
             NotPositiveDefinite, match="size 2 has the negative entry -2: give a second moment"
         ):
             Metric(2, moment)
+
+
+def test_a_moment_of_zeros_tells_no_direction_from_another() -> None:
+    weight = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for zeros in (torch.zeros(5), torch.zeros(5, 5)):
+        found = weighted_svd(weight, Metric(5, zeros, damp=1e-4), Metric(6))
+        plain = weighted_svd(weight, Metric(5), Metric(6))
+        assert float(found.spectrum.max()) < 1e-12 < float(plain.spectrum.max())
+        product = found.left[:, :2] @ found.right[:2]
+        assert torch.allclose(product, plain.left[:, :2] @ plain.right[:2], atol=1e-9)
+        with pytest.raises(NotPositiveDefinite, match="must be inverted"):
+            weighted_svd(weight, Metric(5, zeros), Metric(6))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eckart
-from eckart import ConfigError, ModelError, Override, RankError, Recipe, hub, models, pipeline, rebuild
+from eckart import ConfigError, ModelError, Override, RankError, Recipe, hub, models, planning, rebuild
 from eckart.models import Target
 
 from . import tiny
@@ -273,7 +273,7 @@ def test_a_budget_that_only_depth_reaches(compress: Compress) -> None:
 
 def test_a_plan_reaches_what_the_run_reaches() -> None:
     recipe = Recipe(keep=0.15, of="linears", form="width", depth=True)
-    plan = pipeline.plan(recipe, deep("llama"), torch.float32)
+    plan = planning.plan(recipe, deep("llama"), torch.float32)
     assert sum(choice.parameters for choice in plan.choices) <= 0.15 * sum(
         c.target.size for c in plan.choices
     )

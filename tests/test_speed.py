@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from typer.testing import CliRunner
 
 import eckart
-from eckart import ConfigError, ModelError, NotFinite, api, environment
+from eckart import ConfigError, ModelError, NotFinite, api, environment, fusing
 from eckart.cli import app
-from eckart.speed import alone, decoding, report_speed, run, timing
+from eckart.speed import alone, compiled, decoding, report_speed, run, timing
 from eckart.speed.options import Options, Rounds, Setting
 from eckart.speed.result import Figures, Machine, Row
 from eckart.speed.spread import Quotient, Spread, quotient
@@ -369,3 +370,63 @@ def test_the_processor_says_what_it_is(tmp_path: Path, monkeypatch: pytest.Monke
     assert environment.describe()["machine"]["processor_model"] == "Abacus: 3000"
     listing.write_text("processor\t: 0\n")
     assert environment.describe()["machine"]["processor_model"] is None
+
+
+# compiled and fused
+
+
+COMPILED = Options((9,), (4,), (2,), Rounds(runs=3, warmup=1), loads=0, compiled=True)
+
+
+def test_a_compiled_pass_with_a_static_cache_makes_the_same_tokens() -> None:
+    model, setting = tiny.build("llama"), Setting(2, 9, 5)
+    ids = decoding.prompt(setting, tiny.VOCABULARY, 1)
+    expected = decoding.greedy(model, ids, 5).tokens
+    graphs = CompileCounter()
+    ready = compiled.prepare(model, setting, ids, backend=graphs, clock=ticking())
+    for _ in range(2):  # what the pass before left in the cache is gone
+        done = ready.greedy(ids, 5, ticking())
+        assert torch.equal(done.tokens, expected)
+        assert (done.prefill, done.first_token, done.decode) == (1, 2, 1)
+    assert graphs.frame_count == 2  # a prompt, and a token behind it
+    assert ready.seconds == 5  # four readings of the pass lie between the two around it
+    other = ids.flip(1)
+    assert torch.equal(ready.greedy(other, 5).tokens, decoding.greedy(model, other, 5).tokens)
+    assert not torch.equal(ready.greedy(other, 5).tokens, expected)
+
+
+def test_compiled_models_run_in_the_same_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"model": tiny.build("llama"), "against": tiny.build("qwen2")}
+    (row,) = run.measure(given, COMPILED, clock=ticking(), backend="eager")
+    assert row.compiled is not None
+    assert row.compile_seconds == {"model": 5, "against": 5}
+    assert row.compiled.against is not None
+    assert row.compiled.against.decode.values == (6.0,) * 3
+    found = row.to_dict()["compiled"]
+    assert set(found) == {"model", "against", "ratio", "compile_seconds"}
+    assert found["ratio"]["decode_tokens_per_second"]["value"] == 1
+    labels = [line[0] for line in report_speed.setting_rows(row)]
+    assert labels[-4:] == [
+        "compiled: prefill, tokens/s", "compiled: decode, tokens/s", "compiled: time to first token, ms",
+        "compiling, s",
+    ]  # fmt: skip
+    assert report_speed.setting_rows(row)[-1][1:] == ("5.0", "5.0", "")
+    (plain,) = run.measure(given, SHORT, clock=ticking())
+    assert plain.compiled is None
+    assert "compiled" not in plain.to_dict()
+
+
+def test_a_model_that_does_not_compile_whole_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.build("llama")
+    monkeypatch.setattr(type(model), "_can_compile_fullgraph", False)
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not compile with a static cache, .* without"):
+        run.measure({"model": model}, COMPILED)
+
+
+def test_a_model_is_fused_where_that_is_asked_for(compressed_folder: Path) -> None:
+    model = eckart.load(compressed_folder)
+    options: dict[str, Any] = {"prompt_tokens": 9, "new_tokens": 3, "runs": 3, "warmup": 1, "loads": 0}
+    assert not eckart.bench(model, **options).options.fused
+    assert not fusing.is_fused(model)
+    assert eckart.bench(model, fuse=True, **options).options.fused
+    assert fusing.is_fused(model)

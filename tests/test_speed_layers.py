@@ -74,14 +74,15 @@ def test_shares_are_those_of_the_largest_rank_within_keep(shape: tuple[int, int]
     one, several = measured(shape)
     assert (one.tokens, several.tokens) == (1, 4)
     dense = shape[0] * shape[1]
-    for form, found in one.forms.items():
+    for name, found in one.forms.items():
+        form = found.form
         assert factors.parameters(form, shape, found.rank) <= 0.6 * dense
         assert factors.parameters(form, shape, found.rank + 1) > 0.6 * dense
         assert found.flops == factors.parameters(form, shape, found.rank) / dense
         assert found.bytes == pytest.approx(found.flops + factors.index_bytes(form, shape) / (4 * dense))
-        assert one.share(form) == found.bytes
-        assert several.share(form) == several.forms[form].flops
-        assert one.excess(form) == pytest.approx(found.ratio.value / found.bytes)
+        assert one.share(name) == found.bytes
+        assert several.share(name) == several.forms[name].flops
+        assert one.excess(name) == pytest.approx(found.ratio.value / found.bytes)
     assert one.forms["pivoted"].rank > one.forms["factored"].rank
 
 
@@ -201,3 +202,17 @@ def test_options_of_the_other_measurement_are_refused(
     done = CliRunner().invoke(app, ["bench", str(llama_folder), *options])
     assert done.exit_code == 2
     assert message in done.output
+
+
+def test_fused_forms_are_timed_beside_the_others() -> None:
+    options = LayerOptions(0.6, (1, 4), Rounds(runs=3, warmup=1), fused=True)
+    for layer in measured((24, 32), options):
+        assert list(layer.forms) == ["factored", "pivoted", *layers.FUSED]
+        for name, (form, _) in layers.FUSED.items():
+            assert layer.forms[name].form == form
+            assert layer.forms[name].rank == layer.forms[form].rank
+            assert layer.share(name) == layer.share(form)
+    forms = layers.made((24, 32), 0.6, CPU, torch.float32, torch.Generator().manual_seed(0), fused=True)
+    assert forms["pivoted, folded"].straight
+    assert not forms["pivoted, fused"].straight
+    layers.check(forms, torch.randn(3, 32))

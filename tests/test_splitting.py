@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from eckart import ConfigError, ModelError, Recipe, dimensions, kinds, models, pipeline, splitting
+from eckart import ConfigError, ModelError, Recipe, dimensions, kinds, models, planning, splitting
 from eckart.calibrate import calibrate
 from eckart.fused import Layout, SplitLinear
 
@@ -150,7 +150,7 @@ def test_parts_are_made_narrower_like_matrices_of_their_own(compress: Compress) 
 def test_a_plan_has_the_shapes_of_the_run(name: str) -> None:
     recipe, model = Recipe(keep=0.6, of="linears", method="svd", split="fused"), tiny.build(name)
     classes = [type(module) for module in model.modules()]
-    plan = pipeline.plan(recipe, model, torch.float32)
+    plan = planning.plan(recipe, model, torch.float32)
     assert [type(module) for module in model.modules()] == classes
     assert not plan.exact
     assert splitting.unfold(model, True) == []

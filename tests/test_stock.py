@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eckart
-from eckart import ConfigError, ModelError, Override, RankError, Recipe, dimensions, models, pipeline
+from eckart import ConfigError, ModelError, Override, RankError, Recipe, dimensions, models, planning
 from eckart import stock as stock_module
 from eckart.choices import Budget, Choice, dense
 from eckart.methods import Shape
@@ -370,7 +370,7 @@ def test_a_plan_needs_no_weights() -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config)
     recipe = Recipe(keep=0.7, of="linears", stock=True, multiple=8)
-    plan = pipeline.plan(recipe, skeleton, torch.float32)
+    plan = planning.plan(recipe, skeleton, torch.float32)
     assert {choice.form for choice in plan.choices} == {"dense", "narrow"}
     assert cost(plan.choices) <= 0.7 * sum(choice.target.size for choice in plan.choices)
     assert not plan.exact

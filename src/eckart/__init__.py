@@ -11,6 +11,8 @@ from .adapt.session import tune
 from .adapt.toolbox import extract, merge, resize
 from .api import compress, heal, load, quantise, save
 from .api_sharing import share, tie, untie
+from .comparing import compare
+from .curving import curve
 from .errors import (
     ConfigError,
     EckartError,
@@ -22,6 +24,8 @@ from .errors import (
 )
 from .evaluating import evaluate
 from .exporting import export
+from .exports.session import open_export
+from .fusing import fuse, unfuse
 from .healing import Healing
 from .overrides import Override
 from .plugin import densify
@@ -32,6 +36,7 @@ from .speed.run import bench, bench_layers
 from .stats import collect
 from .streaming.execute import compress_to
 from .surveying import spectrum
+from .sweeping import sweep
 
 __all__ = [
     "ConfigError",
@@ -48,27 +53,33 @@ __all__ = [
     "bench",
     "bench_layers",
     "collect",
+    "compare",
     "compress",
     "compress_to",
+    "curve",
     "densify",
     "diff",
     "evaluate",
     "export",
     "extract",
     "from_config",
+    "fuse",
     "heal",
     "interpolative",
     "linalg",
     "load",
     "merge",
     "nystrom",
+    "open_export",
     "pretrain",
     "quantise",
     "resize",
     "save",
     "share",
     "spectrum",
+    "sweep",
     "tie",
     "tune",
+    "unfuse",
     "untie",
 ]

@@ -8,28 +8,32 @@ from typing import Any
 import torch
 
 from . import (
+    fusing,
     hub,
     losses,
     mend,
     modelcard,
     models,
     pipeline,
+    points,
     quantising,
     recipe,
     report_written,
     running,
     tasks,
-)
+)  # fmt: skip
 from .adapt import loading
 from .batches import Call, Key
 from .errors import ConfigError, ModelError
 from .healing import Healing
 from .joined import Tied
+from .latency import Objective
 from .methods import Allocation, Shape
 from .objectives import Loss
 from .overrides import Override
 from .recipe import Of, Recipe, Split
 from .result import Healed, Result
+from .shelf import Shelf
 
 Sources = str | Path | Sequence[str | Path]
 
@@ -49,6 +53,11 @@ def compress(
     size: int | str | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    latency: float | str | None = None,
+    objective: Objective | None = None,
+    workload: int | str | None = None,
+    times: str | Path | None = None,
+    max_ppl_increase: str | None = None,
     method: str | None = None,
     allocation: Allocation | None = None,
     form: Shape | None = None,
@@ -59,6 +68,7 @@ def compress(
     correction_storage: str | None = None,
     stock: bool | None = None,
     depth: bool | None = None,
+    share_inputs: bool | None = None,
     split: Split | None = None,
     text: Sources | None = None,
     eval_text: Sources | None = None,
@@ -85,7 +95,7 @@ def compress(
     tokenizer: Any = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Any, Result]:
-    """Compress a model to a budget: one of keep, size, rank, energy.
+    """Compress a model to a budget: one of keep, size, rank, energy, latency, max_ppl_increase.
 
     A causal language model is run on `text`. Any other model, of transformers or not, is run on `batches`,
     and its loss is measured before and after instead of a perplexity:
@@ -115,7 +125,8 @@ def compress(
         heal: refinements after the compression.
         work: a folder for the state of these, so that an interrupted run goes on to the same result; the
             caller deletes it.
-        cache: a folder for what the dense model predicts, which later runs take from there.
+        cache: a folder for what serves other runs as well: statistics and decompositions (eckart.shelf), and
+            what the dense model predicts (heal). What is there is taken from there, to the same bits.
         watch: called with (stage, done, total).
 
     Returns:
@@ -128,19 +139,19 @@ def compress(
         NotFinite: a weight, a statistic or a logit is NaN or infinite.
     """
     given = {
-        "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy, "method": method,
+        "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
+        "max_ppl_increase": max_ppl_increase, "method": method, "share_inputs": share_inputs,
+        "latency": latency, "objective": objective, "workload": workload,
+        "times": None if times is None else str(times), "dtype": dtype, "device": device,
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
-        "correction": correction, "correction_rank": correction_rank,
-        "correction_storage": correction_storage, "stock": stock, "depth": depth, "split": split,
+        "correction": correction, "correction_rank": correction_rank, "stock": stock, "depth": depth,
+        "correction_storage": correction_storage, "split": split, "foreign_text": sources(foreign_text),
         "text": sources(text), "eval_text": sources(eval_text),
         "include": sources(include), "exclude": sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),
-        "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed,
-        "dtype": dtype, "device": device,
-        "foreign_text": sources(foreign_text), "heal": heal,
+        "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed, "heal": heal,
     }  # fmt: skip
-    by_name = isinstance(model, (str, Path))
-    if by_name:
+    if by_name := isinstance(model, (str, Path)):
         given["model"] = str(model)
     resolved = _resolve(recipe, given)
     details = (eval_batches, loss, masks, inputs, gradient_batches)
@@ -159,7 +170,8 @@ def compress(
         )  # fmt: skip
         running.check(resolved, material, loaded.model)
     ward = mend.Ward(_path(work), _path(cache))
-    return pipeline.finish(resolved, pipeline.prepare(resolved, loaded, watch, material), ward)
+    shelf = None if ward.cache is None else Shelf(ward.cache)
+    return points.compress(resolved, loaded, watch, material, ward, shelf)
 
 
 def quantise(
@@ -223,11 +235,7 @@ def quantise(
 
 
 def loaded_for(resolved: Recipe) -> hub.Loaded:
-    """Load the model that `resolved` names, compressed or not, to compute on its device.
-
-    Raises:
-        ModelError: it names none, or it cannot be loaded.
-    """
+    """Load the model that `resolved` names, compressed or not, to compute on its device (or ModelError)."""
     return pipeline.load_for(resolved, low_rank=True)
 
 
@@ -330,7 +338,8 @@ def save(
     """
     out = Path(out)
     with hub.new_folder(out, overwrite) as folder:
-        hub.write(folder, model, tokenizer)
+        with fusing.unfused(model):
+            hub.write(folder, model, tokenizer)
         if result is not None:
             documents, facts = report_written.told(result, folder, source, text_licence)
             modelcard.write(folder, out.name, documents, facts)
@@ -344,10 +353,12 @@ def load(
     device: str | None = None,
     trust_remote_code: bool = False,
     task: str = tasks.AUTO,
+    fast: bool = False,
 ) -> Any:
     """Load a model, compressed or not, in the dtype it is stored in unless another is asked for.
 
-    `task` is what to load it for, a name of eckart.tasks.TASKS; default: what it was stored for.
+    `task` is what to load it for, a name of eckart.tasks.TASKS; default: what it was stored for. `fast` makes
+    it run as fast as its sizes allow (eckart.fuse).
 
     The folder of an adapter gives PEFT's model: the base that it names, in NF4 where it was trained on
     that, with the adapter on it.
@@ -361,9 +372,10 @@ def load(
     if loading.is_adapter(source):
         return loading.load(source, compute=wanted, place=place, trust_remote_code=trust_remote_code).model
     stored = wanted or hub.stored_dtype(str(source), trust_remote_code=trust_remote_code)
-    return hub.load(
+    model = hub.load(
         str(source), compute=stored, place=place, trust_remote_code=trust_remote_code, task=task
     ).model
+    return fusing.fuse(model) if fast else model
 
 
 def loaded(model: Any, tokenizer: Any, dtype: str | None, device: str | None, remote: bool) -> hub.Loaded:

@@ -11,28 +11,36 @@ import typer
 from . import (
     __version__,
     api,
+    commands_curve,
     commands_eval,
     commands_export,
+    commands_heal,
     commands_params,
     commands_push,
     commands_quantise,
+    commands_report,
     commands_share,
     commands_spectrum,
-    healing,
+    commands_sweep,
     hub,
     pipeline,
+    planning,
+    points,
     recipe,
     render,
     report,
+    reporting,
 )
 from .adapt import commands_adapters, commands_tune
 from .bars import Bars
 from .errors import ConfigError
+from .files import check_new
 from .healing import Healing
 from .mend import Ward
 from .recipe import Recipe
 from .result import Result
 from .scratch import commands_pretrain
+from .shelf import Shelf, shelf_to_read
 from .speed import commands_bench
 from .streaming import execute
 from .tasks import TASKS
@@ -40,26 +48,30 @@ from .terminal import (
     EXIT_CODES,
     AsJson,
     Bos,
-    Cache,
-    Checkpointing,
     DataSources,
     Device,
     EvalDataSources,
     EvalSources,
     ForeignSources,
+    Latency,
     Model,
+    NoCache,
+    Objective,
     Overwrite,
-    Precision,
+    Page,
     Remote,
+    RunCache,
     Sources,
     Storage,
     TextLicence,
+    Times,
+    Workload,
     failures,
     show,
     work_folder,
 )
 from .training import is_main
-from .yaml_files import read_yaml, section
+from .yaml_files import read_yaml
 
 app = typer.Typer(
     add_completion=False,
@@ -99,6 +111,14 @@ def compress(
     energy: Annotated[
         float | None, typer.Option(help="Share of every squared spectrum to hold instead.")
     ] = None,
+    latency: Latency = None,
+    objective: Objective = None,
+    workload: Workload = None,
+    times: Times = None,
+    max_ppl_increase: Annotated[
+        str | None,
+        typer.Option(help="The smallest keep whose measured perplexity is e.g. 3% above dense, instead."),
+    ] = None,
     task: Annotated[
         str | None, typer.Option(help=f"What the model is for: {', '.join(TASKS)}; default: as stored.")
     ] = None,
@@ -128,6 +148,10 @@ def compress(
     depth: Annotated[
         bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")
     ] = None,
+    share_inputs: Annotated[
+        bool | None,
+        typer.Option("--share-inputs/--own-inputs", help="q, k, v and gate, up may share a right factor."),
+    ] = None,
     landmarks: Annotated[
         str | None, typer.Option(help="Channels to keep: by curvature, leverage or energy.")
     ] = None,
@@ -138,7 +162,8 @@ def compress(
     heal: Annotated[
         bool, typer.Option("--heal", help="Refine afterwards, with default settings or the recipe's.")
     ] = False,
-    cache: Cache = None,
+    cache: RunCache = None,
+    no_cache: NoCache = False,
     include: Annotated[list[str] | None, typer.Option(help="Globs on module names to treat.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Globs on module names to leave alone.")] = None,
     multiple: Annotated[
@@ -172,6 +197,7 @@ def compress(
         typer.Option(help="Go block by block, from weight files to weight files, within e.g. 6GB."),
     ] = None,
     text_licence: TextLicence = None,
+    html: Page = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
     as_json: AsJson = False,
@@ -179,8 +205,11 @@ def compress(
     """Make a model smaller and say what it cost."""
     given = {
         "model": model, "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
+        "latency": latency, "objective": objective, "workload": workload,
+        "times": None if times is None else str(times),
+        "max_ppl_increase": max_ppl_increase,
         "method": method, "form": form, "storage": storage, "embeddings": embeddings,
-        "stock": stock, "depth": depth, "split": split, "landmarks": landmarks,
+        "stock": stock, "depth": depth, "split": split, "share_inputs": share_inputs, "landmarks": landmarks,
         "allocation": allocation, "multiple": multiple,
         "task": task, "data": tuple(data or ()), "eval_data": tuple(eval_data or ()),
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),
@@ -202,16 +231,23 @@ def compress(
         if out is None:
             raise ConfigError("no --out: name the folder to write, or pass --dry-run to see the plan")
         hub.check_output(out, overwrite, resolved.model)
+        if html is not None:
+            check_new(html, overwrite, "--html")
         resolved.check_text()
         if memory is not None:
             result = _stream(resolved, out, memory, text_licence, overwrite)
         else:
-            result = _run(resolved, out, text_licence, overwrite, cache)
+            result = _run(
+                resolved, out, text_licence, overwrite, Ward(work_folder(out), cache),
+                shelf_to_read(cache, no_cache),
+            )  # fmt: skip
         if not is_main():
             return
+        if html is not None:
+            reporting.write_result(out.name, result, html)
         show(render.to_json(result.to_dict()) if as_json else result, as_json)
         if not as_json:
-            print(f"written to {out}")
+            print(f"written to {out}" + ("" if html is None else f"\nwritten to {html}"))
 
 
 def _recipe(path: Path | None, given: dict[str, Any]) -> Recipe:
@@ -226,7 +262,8 @@ def _print_plan(resolved: Recipe, as_json: bool) -> None:
     remote = resolved.trust_remote_code
     model = hub.skeleton(resolved.model, task=resolved.task, trust_remote_code=remote)
     stored = hub.stored_dtype(resolved.model, trust_remote_code=remote)
-    plan = pipeline.plan(resolved, model, stored)
+    with Bars() as bars:
+        plan = planning.plan(resolved, model, stored, bars.watch)
     show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
 
 
@@ -243,114 +280,17 @@ def _stream(resolved: Recipe, out: Path, memory: str, text_licence: str | None, 
 
 
 def _run(
-    resolved: Recipe, out: Path, text_licence: str | None, overwrite: bool, cache: Path | None
+    resolved: Recipe, out: Path, text_licence: str | None, overwrite: bool, ward: Ward, shelf: Shelf | None
 ) -> Result:
-    work = work_folder(out)
     with Bars() as bars:
         bars.watch("load", 0, 1)
         loaded = pipeline.load_for(resolved)
-        prepared = pipeline.prepare(resolved, loaded, bars.watch)
-        model, result = pipeline.finish(resolved, prepared, Ward(work, cache))
+        model, result = points.compress(resolved, loaded, bars.watch, ward=ward, shelf=shelf)
         bars.watch("write", 0, 1)
         api.save(model, loaded.tokenizer, out, result, text_licence=text_licence, overwrite=overwrite)
         bars.watch("write", 1, 1)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(work_folder(out), ignore_errors=True)
     return result.with_file_bytes(hub.weight_bytes(out))
-
-
-@app.command()
-def heal(
-    model: Annotated[str, typer.Argument(help="The compressed folder.")],
-    teacher: Annotated[str, typer.Option(help="The dense model: hub id, folder or .gguf file.")],
-    text: Annotated[
-        list[str],
-        typer.Option(
-            "--text",
-            help="Text to learn from, NAME or NAME=WEIGHT: a file, a .jsonl, a datasets id, or self: what "
-            "the teacher writes.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.")],
-    refine: Annotated[
-        list[str] | None, typer.Option(help="ranks, closed, block, logits, in order; default: logits.")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to train on end to end (250000).")] = None,
-    fit_tokens: Annotated[int | None, typer.Option(help="Tokens for closed and block (32768).")] = None,
-    hold_tokens: Annotated[int | None, typer.Option(help="Tokens to decide on (8192).")] = None,
-    mixture: Annotated[
-        list[float] | None, typer.Option(help="closed: what to try between own map (0) and anchored (1).")
-    ] = None,
-    train: Annotated[
-        str | None, typer.Option(help="factors, blocks (default), all, or adapter on the factors.")
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="AdamW's rate; default: by the distance from the teacher.")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows a step, over all devices (1).")] = None,
-    micro: Annotated[int | None, typer.Option(help="Windows at a time on one device (1).")] = None,
-    temperature: Annotated[float | None, typer.Option(help="Of both distributions (1).")] = None,
-    text_loss: Annotated[
-        float | None, typer.Option(help="Share of the text's own loss (0): it teaches the domain, too.")
-    ] = None,
-    largest: Annotated[
-        int | None, typer.Option(help="Entries of the teacher's distribution to keep; default: all.")
-    ] = None,
-    adapter_rank: Annotated[int | None, typer.Option(help="Of --train adapter (16).")] = None,
-    checkpointing: Checkpointing = None,
-    precision: Precision = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many evaluations without a new best (4).")
-    ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Window length (512).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Order of the windows (0).")] = None,
-    eval_text: Annotated[
-        list[str] | None, typer.Option(help="Text to measure perplexity on, before and after.")
-    ] = None,
-    foreign_text: ForeignSources = None,
-    eval_tokens: Annotated[int, typer.Option(help="Tokens to measure on (12288).")] = 12_288,
-    bos: Bos = False,
-    recipe_file: Annotated[
-        Path | None,
-        typer.Option("--recipe", help="YAML recipe whose heal section is taken."),
-    ] = None,
-    cache: Cache = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the output; default: as stored.")] = None,
-    device: Device = None,
-    trust_remote_code: Remote = False,
-    text_licence: TextLicence = None,
-    overwrite: Overwrite = False,
-    as_json: AsJson = False,
-) -> None:
-    """Bring a compressed model closer to the dense one. An interrupted run goes on where it was."""
-    given = {
-        "steps": tuple(refine or ()), "tokens": tokens, "fit_tokens": fit_tokens, "hold_tokens": hold_tokens,
-        "mixtures": tuple(mixture or ()), "train": train, "rate": rate, "batch": batch, "micro": micro,
-        "temperature": temperature, "text_loss": text_loss, "largest": largest, "adapter_rank": adapter_rank,
-        "checkpointing": checkpointing, "precision": precision, "patience": patience, "seq_len": seq_len,
-        "seed": seed,
-    }  # fmt: skip
-    remote = bool(trust_remote_code)
-    with failures(work_folder(out)):
-        settings = healing.from_mapping(recipe.override(section(recipe_file, "heal"), given), "heal")
-        for source in (model, teacher):
-            hub.check_output(out, overwrite, source)
-        with Bars() as bars:
-            bars.watch("load", 0, 1)
-            found, done = api.heal(
-                model, teacher, text, settings=settings, eval_text=eval_text, foreign_text=foreign_text,
-                eval_tokens=eval_tokens, bos=bool(bos), work=work_folder(out), cache=cache, dtype=dtype,
-                device=device, trust_remote_code=remote, watch=bars.watch,
-            )  # fmt: skip
-            if not is_main():
-                return
-            tokenizer = hub.load_tokenizer(model, trust_remote_code=remote)
-            api.save(
-                found, tokenizer, out, done, source=model, text_licence=text_licence, overwrite=overwrite
-            )
-        shutil.rmtree(work_folder(out), ignore_errors=True)
-        show(render.to_json(done.to_dict()) if as_json else done, as_json)
-        if not as_json:
-            print(f"written to {out}")
 
 
 commands_eval.register(app)
@@ -364,6 +304,10 @@ commands_pretrain.register(app)
 commands_share.register(app)
 commands_spectrum.register(app)
 commands_bench.register(app)
+commands_curve.register(app)
+commands_sweep.register(app)
+commands_heal.register(app)
+commands_report.register(app)
 
 
 if __name__ == "__main__":

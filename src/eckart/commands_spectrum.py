@@ -1,18 +1,18 @@
 """The command `spectrum`."""
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import render, report_survey, surveying
+from . import render, report_survey, reporting, surveying
 from .bars import Bars
 from .checkpoint import appearing
-from .errors import ConfigError, StoreError
+from .errors import ConfigError
+from .files import check_new
 from .tasks import TASKS
-from .terminal import AsJson, Bos, DataSources, Device, Remote, Sources, failures, show
+from .terminal import AsJson, Bos, DataSources, Device, Page, Remote, Sources, failures, show
 
 
 def spectrum(
@@ -40,7 +40,8 @@ def spectrum(
     out: Annotated[
         Path | None, typer.Option(help="JSON file to write all singular values to; must not exist.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --out.")] = False,
+    html: Page = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the files that are there.")] = False,
     device: Device = None,
     trust_remote_code: Remote = None,
     as_json: AsJson = False,
@@ -50,7 +51,9 @@ def spectrum(
         if limit < 0:
             raise ConfigError(f"limit {limit}: must be at least 0")
         if out is not None:
-            _check(out, overwrite)
+            check_new(out, overwrite)
+        if html is not None:
+            check_new(html, overwrite, "--html")
         with Bars() as bars:
             found = surveying.spectrum(
                 model, text=text, data=data, include=include, exclude=exclude, ends=ends,
@@ -61,19 +64,12 @@ def spectrum(
         if out is not None:
             with appearing(out) as partial:
                 partial.write_text(json.dumps(found.values_dict()) + "\n", encoding="utf-8")
+        if html is not None:
+            reporting.write_result(Path(model).name, found, html)
         show(render.to_json(found.to_dict()) if as_json else report_survey.tables(found, limit), as_json)
-        if out is not None and not as_json:
-            print(f"written to {out}")
-
-
-def _check(out: Path, overwrite: bool) -> None:
-    """Raise StoreError unless the file can be written: known before the work, not after it."""
-    if out.is_dir() or (out.exists() and not overwrite):
-        advice = "name a file" if out.is_dir() else "choose another --out, or pass --overwrite to replace it"
-        raise StoreError(f"{out} exists: {advice}")
-    parent = out.absolute().parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise StoreError(f"{out} cannot be written: {parent} is not a folder that can be written to")
+        for path in (out, html):
+            if path is not None and not as_json:
+                print(f"written to {path}")
 
 
 def register(app: typer.Typer) -> None:

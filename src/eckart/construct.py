@@ -51,6 +51,22 @@ def check_number(
     raise ConfigError(f"{name} {value!r}: must be {'a whole number' if kind is int else 'a number'} {bound}")
 
 
+def parse_percent(name: str, value: object) -> float:
+    """Return a percentage such as "3%" as a fraction above 0.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        found = float(text.removesuffix("%")) / 100 if text.endswith("%") else 0.0
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise ConfigError(f"{name} {value!r}: is not a percentage above 0, write for example 3%")
+    return found
+
+
 def parse_size(size: int | str) -> int:
     """Return a size in bytes: a number, or a text with B, KB, MB, GB (powers of 10) or KiB, MiB, GiB.
 

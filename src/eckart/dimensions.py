@@ -47,6 +47,18 @@ class Dimension:
         return (*(name for name, _ in self.writers), self.reader)
 
 
+def head_count(config: Any, name: str = "num_attention_heads") -> int:
+    """Return how many heads every attention has by a config of transformers; 0 where it tells no number.
+
+    Stages of one model may have numbers of their own.
+    """
+    if config is None:
+        return 0
+    told = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(told, name, None)
+    return found if isinstance(found, int) else 0
+
+
 def find(model: nn.Module, targets: Sequence[Target]) -> list[Dimension]:
     """Return the dimensions of which every linear is among `targets`, by the shapes alone.
 
@@ -91,9 +103,8 @@ def _attention(model: Any, name: str, group: Sequence[Target]) -> Dimension | No
     """Queries, keys and values (or one matrix of all three) and the output that reads the heads."""
     if not isinstance(model, PreTrainedModel):
         return None
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    units = getattr(config, "num_key_value_heads", None) or heads
+    heads = head_count(model.config) or 1
+    units = head_count(model.config, "num_key_value_heads") or heads
     reader, writers = heads_of(group) or (group[-1], [])
     sides = [reader.shape[1], *(target.shape[0] for target in writers)]
     if units < 2 or len(writers) not in (1, 3) or any(side % units for side in sides):

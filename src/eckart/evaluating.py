@@ -130,18 +130,22 @@ def _language(
     how: tuple[int, int, bool],
     watch: Progress | None,
 ) -> Perplexity | Comparison:
-    windows = _eval_windows(text, first.tokenizer, *how)
+    windows = eval_windows(text, first.tokenizer, *how)
     measure.check_length(first.model, how[1])
     measure.check_causal(first.model)
     if second is None:
         return measure.perplexity(first.model, windows, watch)
-    _same_vocabulary(first, second)
+    same_vocabulary(first, second)
     return measure.compare(first.model, second.model, windows, watch)
 
 
-def _eval_windows(
-    given: Sources | None, tokenizer: Any, tokens: int, seq_len: int, bos: bool
-) -> torch.Tensor:
+def eval_windows(given: Sources | None, tokenizer: Any, tokens: int, seq_len: int, bos: bool) -> torch.Tensor:
+    """Return windows (k, seq_len) of the first `tokens` tokens of the sources `given`.
+
+    Raises:
+        ModelError: there is no tokenizer.
+        ConfigError: a number is not legal, or there is too little text.
+    """
     if tokenizer is None:
         raise ModelError("text needs a tokenizer: pass tokenizer=")
     if tokens < 2 or seq_len < 2:
@@ -150,7 +154,8 @@ def _eval_windows(
     return text.windows(torch.cat(parts)[:tokens], seq_len, text.begin_token(tokenizer, bos))
 
 
-def _same_vocabulary(first: hub.Loaded, second: hub.Loaded) -> None:
+def same_vocabulary(first: hub.Loaded, second: hub.Loaded) -> None:
+    """Raise ModelError unless both score the same tokens."""
     own, other = (models.vocabulary(loaded.model) for loaded in (first, second))
     if own != other:
         raise ModelError(

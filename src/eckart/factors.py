@@ -12,6 +12,7 @@ from .linalg import RowSkeleton, check_rank, pivot_rows
 Form = Literal["factored", "pivoted"]
 FORMS: tuple[Form, ...] = ("factored", "pivoted")
 Side = Literal["rows", "columns"]
+_LITTLE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,22 @@ def break_even(form: Form, shape: tuple[int, int]) -> int:
     return next((rank for rank in ranks if parameters(form, shape, rank) < dense), 0)
 
 
+def rearranged(values: Tensor, places: Tensor) -> Tensor:
+    """Return `values[..., places]`, with gradients to `values` (..., k), for `places` (j,) int32 or int64.
+
+    PyTorch selects from the last of two dimensions many times as fast as from that of three, unless there is
+    little to select, and gathers back faster than it adds up by index. A compiler needs no such help.
+    """
+    if torch.compiler.is_compiling() or values.ndim < 2 or values.numel() <= _LITTLE:
+        return values.index_select(-1, places)
+    flat = values.reshape(-1, values.shape[-1])
+    if torch.is_grad_enabled() and values.requires_grad:
+        found = flat.gather(1, places.to(torch.int64).expand(flat.shape[0], -1))
+    else:
+        found = flat.index_select(1, places)
+    return found.view(*values.shape[:-1], len(places))
+
+
 class Replacement(nn.Module):
     """What stands where a linear was. Code that asks its weight for a dtype or a device gets an answer."""
 
@@ -163,9 +180,12 @@ class PivotedLinear(Replacement):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `inputs` (..., n) to (..., m)."""
-        pivots = self.pivot(inputs)
-        joined = pivots if self.rest is None else torch.cat([pivots, self.rest(pivots)], dim=-1)
-        return joined.index_select(-1, self.order)
+        return rearranged(self.joined(inputs), self.order)
+
+    def joined(self, inputs: Tensor) -> Tensor:
+        """Return the outputs (..., m) as they are made: the pivots, then the rest."""
+        pivots: Tensor = self.pivot(inputs)
+        return pivots if self.rest is None else torch.cat([pivots, self.rest(pivots)], dim=-1)
 
     def map(self) -> Pivoted:
         """Return the linear map without its bias."""
@@ -288,10 +308,12 @@ class PartialLinear(Replacement):
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `inputs` (..., n) to (..., m)."""
         if self.side == "columns":
-            return cast(Tensor, self.inner(inputs.index_select(-1, self.places)))
+            return cast(Tensor, self.inner(rearranged(inputs, self.places)))
         stored = self.inner(inputs)
-        outputs = stored.new_zeros(*stored.shape[:-1], self.out_features)
-        return cast(Tensor, outputs.index_copy(-1, self.places.to(torch.int64), stored))
+        flat = stored.reshape(-1, self.kept)  # in two dimensions, for what `rearranged` says
+        outputs: Tensor = flat.new_zeros(flat.shape[0], self.out_features)
+        outputs = outputs.index_copy(1, self.places.to(torch.int64), flat)
+        return outputs.view(*stored.shape[:-1], self.out_features)
 
     def padded(self) -> tuple[Tensor, Tensor | None]:
         """Return weight (m, n) and bias of the same function."""
@@ -337,7 +359,7 @@ def build(low_rank: LowRank, form: Form, bias: Tensor | None = None) -> LowRankL
     if isinstance(module, FactoredLinear):
         _fill_factored(module, low_rank, bias)
     else:
-        _fill_pivoted(module, pivot(low_rank), bias)
+        fill_pivoted(module, pivot(low_rank), bias)
     return module
 
 
@@ -349,7 +371,9 @@ def _fill_factored(module: FactoredLinear, low_rank: LowRank, bias: Tensor | Non
         module.up.bias.copy_(bias)
 
 
-def _fill_pivoted(module: PivotedLinear, pivoted: Pivoted, bias: Tensor | None) -> None:
+@torch.no_grad()
+def fill_pivoted(module: PivotedLinear, pivoted: Pivoted, bias: Tensor | None) -> None:
+    """Put `pivoted`, of the size of `module`, and the `bias` (m,) of the whole map into it."""
     skeleton = pivoted.skeleton
     module.pivot.weight.copy_(pivoted.rows)
     module.order.copy_(torch.argsort(torch.cat([skeleton.pivots, skeleton.rest])))
@@ -357,7 +381,7 @@ def _fill_pivoted(module: PivotedLinear, pivoted: Pivoted, bias: Tensor | None) 
         module.rest.weight.copy_(skeleton.multipliers)
     if bias is None:
         return
-    bias = bias.to(module.pivot.weight)
+    bias = bias.to(skeleton.multipliers)
     module.pivot.bias.copy_(bias[skeleton.pivots])
     if module.rest is not None:
         carried = skeleton.multipliers @ bias[skeleton.pivots]

@@ -117,10 +117,7 @@ def cuts(model: nn.Module) -> dict[str, Cut]:
 def _head_count(model: Any, home: str) -> int:
     """Return how many query heads the attention called `home` has by its config; 0 where it does not say."""
     config = getattr(model.get_submodule(home), "config", None) or getattr(model, "config", None)
-    if config is None:
-        return 0
-    told = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(told, "num_attention_heads", None) or 0
+    return dimensions.head_count(config)
 
 
 def _cut(count: int, reader: Target, writers: Sequence[Target]) -> dict[str, Cut]:

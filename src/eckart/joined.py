@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from .groups import Sharing
+from .pages.notebook import Shown
 from .result import Measured, Result
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Joined(Result):
 
 
 @dataclass(frozen=True, slots=True)
-class Tied:
+class Tied(Shown):
     """What tying or untying embeddings and output head did.
 
     Args:

@@ -1,7 +1,6 @@
 """Decompositions of matrices: truncated, randomised and weighted SVD, symmetric roots, pivoting.
 
-Nothing here knows of models, files or names. Everything is computed in float64 on the device of
-its input (on the CPU where the device has no float64).
+Everything is computed in float64 on the device of its input (the CPU where the device has none).
 """
 
 from dataclasses import dataclass
@@ -135,9 +134,8 @@ def randomized_bound(shape: tuple[int, int], rank: int, oversampling: int, power
 class Metric:
     """A symmetric positive semidefinite weighting of one side of a matrix: identity, diagonal or full.
 
-    `damp` is added to the diagonal in units of its mean, and belongs to the metric from then on:
-    every guarantee is for the damped metric. The root is computed once, when it is first asked
-    for, so that matrices which share an input share it.
+    `damp` is added to the diagonal in units of its mean (zeros become a negligible identity), and belongs to
+    the metric: every guarantee is for the damped one. The root is computed once, when it is first asked for.
 
     Args:
         size: length of the side.
@@ -165,6 +163,8 @@ class Metric:
                 f"the diagonal of a metric of size {self.size} has the negative entry "
                 f"{float(diagonal.min()):.3g}: give a second moment"
             )
+        if damp and not bool(diagonal.any()):
+            moment = moment + 1e-30 * (1 if moment.ndim == 1 else torch.eye(self.size).to(moment))
         if moment.ndim == 1:
             return moment + damp * moment.mean()
         symmetric = (moment + moment.T).div_(2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import batches
 from .batches import Batch, Side
 from .errors import ConfigError
-from .objectives import Objective, real_rows
+from .objectives import Objective
 
 _REMEMBERED = 1 << 26
 """Numbers of the dense model's outputs that are kept to compare with, at most (256 MB)."""
@@ -34,6 +34,12 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.calls)
+
+    def comparable(self) -> tuple[Batch, ...]:
+        """Return the batches that the loss is measured on: of a distance, those that have references."""
+        return (
+            self.calls[: len(self.references)] if self.objective.compares and self.references else self.calls
+        )
 
     def first(self, count: int) -> "Batches":
         """Return the first `count` batches."""
@@ -89,7 +95,7 @@ def remember(model: nn.Module, found: Batches) -> Batches:
     held = 0
     for batch in found.calls:
         own = fitted(model, batch)
-        rows = tuple(row.cpu() for row in real_rows(batches.call(model, own), own, found.sides))
+        rows = tuple(row.cpu() for row in found.objective.rows(batches.call(model, own), own))
         held += sum(row.numel() for row in rows)
         if kept and held > _REMEMBERED:
             break
@@ -109,19 +115,19 @@ def measured(
     """
     totals, terms = [], []
     apart, whole = 0.0, 0.0
-    for place, batch in zip(count_up(), found.calls):
+    for place, batch in zip(count_up(), found.comparable()):
         own = fitted(model, batch)
         outputs = batches.call(model, own)
         reference = found.references[place] if place < len(found.references) else None
         summed = found.objective.summed(outputs, own, reference)
         totals.append(float(summed.total))
         terms.append(summed.terms)
-        for row, other in zip(real_rows(outputs, own, found.sides), reference or ()):
+        for row, other in zip(found.objective.rows(outputs, own), reference or ()):
             wanted = other.to(row.device)
             apart += float((row - wanted).double().square().sum())
             whole += float(wanted.double().square().sum())
         if progress:
-            progress(place + 1, len(found))
+            progress(place + 1, len(found.comparable()))
     if not sum(terms):
         raise ConfigError("no batch has a label to measure the loss on: give batches with labels")
     return MeasuredLoss(
@@ -129,7 +135,7 @@ def measured(
         standard_error=_spread(totals, terms),
         unit=found.objective.unit,
         terms=sum(terms),
-        batches=len(found),
+        batches=len(terms),
         error=(apart / whole) ** 0.5 if whole else None,
         compared=len(found.references),
         dtype=str(dtype_of(model)).removeprefix("torch."),
@@ -152,7 +158,7 @@ def _spread(totals: list[float], terms: list[int]) -> float | None:
 def batch_losses(model: nn.Module, found: Batches) -> Tensor:
     """Return the mean loss of each batch (k,), float64, on the CPU."""
     losses = []
-    for place, batch in enumerate(found.calls):
+    for place, batch in enumerate(found.comparable()):
         own = fitted(model, batch)
         reference = found.references[place] if place < len(found.references) else None
         summed = found.objective.summed(batches.call(model, own), own, reference)

@@ -159,6 +159,12 @@ def tied_metrics(
     return Metric(count, tokens, damp), Metric(dim, rows + inputs, damp)
 
 
+def is_zero(moment: Moment) -> bool:
+    """Tell whether nothing but zeros was seen."""
+    total = moment.total if moment.total.ndim == 1 else moment.total.diagonal()
+    return moment.count > 0 and not bool(total.any())
+
+
 def shortage(moment: Moment) -> int:
     """Return how many tokens a full moment lacks to have full rank (0: none)."""
     if moment.total.ndim != 2 or moment.filled:

@@ -64,6 +64,8 @@ class Facts:
         licence: of these texts, where the user states it.
         figures: measured on the model that is written.
         continued: whether what was done to the first source before belongs to the card.
+        code: that loads it; default: what the files in the folder ask for.
+        library: that loads it; default: transformers, or peft.
     """
 
     summary: str
@@ -75,6 +77,8 @@ class Facts:
     licence: str | None = None
     figures: tuple[Figure, ...] = ()
     continued: bool = False
+    code: str | None = None
+    library: str | None = None
 
 
 def perplexity_figure(sources: Sequence[str | Path], found: Any, fallback: str) -> tuple[Figure, ...]:
@@ -113,7 +117,7 @@ def write(folder: Path, name: str, documents: Mapping[str, str], facts: Facts) -
         if file not in (origins.CARD, REPORT):
             (folder / file).write_text(content, encoding="utf-8")
     (folder / REPORT).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    body = _body(name, documents.get(origins.CARD, ""), facts, usage(folder, name, facts.task))
+    body = _body(name, documents.get(origins.CARD, ""), facts, facts.code or usage(folder, name, facts.task))
     body += _provenance(found, texts, carried) + _region(_UNMEASURED, _unmeasured(facts.figures))
     made = ModelCard(f"---\n{_data(folder, name, facts, found, texts).to_yaml()}\n---\n{body}")
     made.save(folder / origins.CARD)
@@ -146,7 +150,7 @@ def _data(
         datasets=[text.name for text in texts if text.hub] or None,
         eval_results=[_evaluation(figure, facts.task) for figure in facts.figures] or None,
         language=list(first.languages) or None if first else None,
-        library_name="peft" if adapter else "transformers",
+        library_name=facts.library or ("peft" if adapter else "transformers"),
         license=stated.licence if stated else None,
         license_name=stated.licence_name if stated else None,
         license_link=stated.licence_link if stated else None,

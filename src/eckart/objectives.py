@@ -47,8 +47,15 @@ class Objective(Protocol):
     def meaning(self) -> str:
         """What the loss is, in words."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether the loss is a distance from what the dense model gave."""
+
+    def rows(self, outputs: Any, batch: Batch) -> list[Tensor]:
+        """Return the outputs (rows, values) in float32 that two models are compared by."""
+
     def summed(self, outputs: Any, batch: Batch, reference: Sequence[Tensor] | None) -> Summed:
-        """Return the loss of `batch`; `reference` is what the dense model gave (`scores`)."""
+        """Return the loss of `batch`; `reference` is what the dense model gave (`rows`)."""
 
     def to_differentiate(
         self, outputs: Any, batch: Batch, labels: Labels, generator: torch.Generator
@@ -80,6 +87,11 @@ class Given:
     sides: tuple[Side, ...]
     unit: str
     meaning: str = "the one that was given"
+    compares: bool = False
+
+    def rows(self, outputs: Any, batch: Batch) -> list[Tensor]:
+        """Return the real rows of what the model says."""
+        return real_rows(outputs, batch, self.sides)
 
     def summed(self, outputs: Any, batch: Batch, reference: Sequence[Tensor] | None) -> Summed:
         """Return what the function returns, summed."""
@@ -105,9 +117,15 @@ class Own:
     `shifted`: the first label of each row predicts nothing (next-token losses).
     """
 
+    sides: tuple[Side, ...]
     unit: str
     shifted: bool = False
     meaning: str = "the model's own"
+    compares: bool = False
+
+    def rows(self, outputs: Any, batch: Batch) -> list[Tensor]:
+        """Return the real rows of what the model says."""
+        return real_rows(outputs, batch, self.sides)
 
     def summed(self, outputs: Any, batch: Batch, reference: Sequence[Tensor] | None) -> Summed:
         """Return the mean times its terms."""
@@ -133,7 +151,7 @@ class Own:
             raise ConfigError(
                 f"labels 'sampled': labels {list(wanted.shape)} have no logits {list(logits.shape)} each"
             )
-        return _sampled(logits[wanted != IGNORED], generator)
+        return sampled(logits[wanted != IGNORED], generator)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +169,7 @@ class Likeness:
     sides: tuple[Side, ...]
     unit: str
     scores: bool
+    compares: bool = True
 
     @property
     def meaning(self) -> str:
@@ -158,6 +177,10 @@ class Likeness:
         if self.scores:
             return "the cross entropy with the dense model's predictions"
         return "half the squared distance of the outputs from the dense model's"
+
+    def rows(self, outputs: Any, batch: Batch) -> list[Tensor]:
+        """Return the real rows of what the model says."""
+        return real_rows(outputs, batch, self.sides)
 
     def summed(self, outputs: Any, batch: Batch, reference: Sequence[Tensor] | None) -> Summed:
         """Return the distance from `reference`, the dense model's rows; without it, from the outputs."""
@@ -179,7 +202,7 @@ class Likeness:
         """Return the loss on labels drawn from the model."""
         rows = real_rows(outputs, batch, self.sides)
         if self.scores:
-            parts = [_sampled(row, generator) for row in rows]
+            parts = [sampled(row, generator) for row in rows]
             return Summed(torch.stack([part.total for part in parts]).sum(), sum(map(len, rows)))
         noise = [torch.randn(row.shape, generator=generator).to(row) for row in rows]
         total = sum(
@@ -188,8 +211,12 @@ class Likeness:
         return checked(Summed(total, sum(map(len, rows))))
 
 
-def _sampled(logits: Tensor, generator: torch.Generator) -> Summed:
-    """Return the cross entropy of `logits` (rows, classes) with classes drawn from them."""
+def sampled(logits: Tensor, generator: torch.Generator) -> Summed:
+    """Return the cross entropy of `logits` (rows, classes) with classes drawn from them.
+
+    Raises:
+        NotFinite: a logit is NaN or infinite.
+    """
     logits = logits.float()
     chances = logits.detach().softmax(-1).cpu()
     if not bool(torch.isfinite(chances).all()):
@@ -272,7 +299,7 @@ def default(model: nn.Module, batch: Batch, sides: tuple[Side, ...]) -> Objectiv
         outputs = batches.call(model, batch)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if isinstance(loss, Tensor):
-            return Own(_unit_of_labels(batch), _is_shifted(outputs, batch))
+            return Own(sides, _unit_of_labels(batch), _is_shifted(outputs, batch))
         found = outputs_of(outputs)
     named = isinstance(outputs, Mapping) and any(outputs.get(key) is not None for key in _SCORES)
     scores = named and all(tensor.shape[-1] > 1 for tensor in found) and not _is_regression(model)

@@ -8,106 +8,50 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import (
     accounting,
     assemble,
     closed,
+    decomposing,
     dimensions,
-    heads,
     hub,
     kinds,
     losses,
     memory,
     mend,
     models,
+    planning,
     plugin,
     reading,
+    readings,
     rebuild,
-    routing,
     running,
     selection,
-    sharing,
     splitting,
     stock,
     stores,
     storing,
     text,
+    timekeeping,
 )
 from .accounting import sizes
+from .cached import Cached
 from .calibrate import Calibrated
-from .choices import Budget, Choice, fixed_bytes, settle
-from .dimensions import Dimension
+from .choices import Choice
 from .errors import ModelError
-from .factorize import Decomposed, factor, statistics_of
-from .heads import Heads
+from .factorize import Decomposed
 from .healing import Refined
+from .latency import Timing
 from .linalg import check_matrix
 from .models import Target
-from .recipe import FLOAT, Recipe, to_yaml
+from .recipe import Recipe, to_yaml
 from .result import Measured, Module, Quality, Result, Sizes
+from .shelf import Shelf
 from .stages import Run, Watch, silent
+from .timed import Timed
 from .windows import Rows, Windows
-
-_DEPTH_WINDOWS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a recipe will do to a model, known before any of it runs.
-
-    `exact` is False where spectra will decide the ranks: then `choices` are those of uniform
-    allocation at the same budget, for orientation.
-    """
-
-    recipe: Recipe
-    choices: list[Choice]
-    model_parameters: int
-    exact: bool
-
-
-def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
-    """Return the plan of `recipe` for `model`, which may be a skeleton on the meta device.
-
-    Raises:
-        ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
-        RankError: the budget cannot be reached.
-    """
-    model = kinds.on_meta(model)
-    splitting.unfold(model, recipe.split == "fused")
-    found = targets_of(recipe, model)
-    limit = limit_of(recipe, model, found, stored)
-    decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
-    suspected = dimensions.find(model, found)
-    bases = _bases(recipe, model, found, suspected)
-    choices = selection.unseen(recipe, limit, model, found, suspected, bases)
-    exact = not decided_by_spectra and not recipe.stock and recipe.split == "none"
-    return Plan(recipe, choices, models.parameter_count(model), exact)
-
-
-def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
-    """Return the matrices that `recipe` treats, with those that it only stores."""
-    found = models.targets(model, recipe.include, recipe.exclude)
-    models.check_patterns([t.name for t in found], [override.match for override in recipe.overrides])
-    stored = recipe.embeddings_storage != FLOAT
-    return [*found, *models.ends(model, found, recipe.exclude)] if stored else found
-
-
-def limit_of(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> Budget:
-    """Return what there is to spend on `found`."""
-    itemsize = output_dtype(recipe, stored).itemsize
-    attentions = dimensions.find(model, found) if _by_heads(recipe) else []
-    fixed = fixed_bytes(
-        model, found, recipe.resolved_method().low_rank, itemsize, attentions, itemised=recipe.stores
-    )
-    return settle(recipe, found, models.parameter_count(model), fixed, itemsize)
-
-
-def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
-    """Return the dtype of the output: the recipe's, or the source's."""
-    return hub.dtype(recipe.dtype) if recipe.dtype else stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +67,16 @@ class Prepared:
     dense_foreign: Measured | None
     calibrated: Calibrated
     run: Run
+    timed: Timed | None = None
+    measured: float | None = None
 
 
 def prepare(
-    recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None, material: Windows | None = None
+    recipe: Recipe,
+    loaded: hub.Loaded,
+    watch: Watch | None = None,
+    material: Windows | None = None,
+    shelf: Shelf | None = None,
 ) -> Prepared:
     """Measure the dense model, calibrate on it and decompose its matrices; it stays as it is.
 
@@ -135,6 +85,8 @@ def prepare(
         loaded: the model.
         watch: called with (stage, done, total).
         material: what to run it on, and how its loss is measured; default: what the recipe names.
+        shelf: the cache, from which a causal language model on text takes what was made before; to the
+            bit, the result is the same.
 
     Raises:
         EckartError: any of its subclasses.
@@ -142,47 +94,63 @@ def prepare(
     model = loaded.model
     if models.low_rank_modules(model) or stores.stored(model):
         raise ModelError("the model is already low-rank or in few bits: eckart.densify it first")
-    written = accounting.written_bytes(model, output_dtype(recipe, loaded.stored))
+    written = accounting.written_bytes(model, planning.output_dtype(recipe, loaded.stored))
     run = Run(watch or silent)
     try:
         run.warnings.extend(splitting.unfold(model, recipe.split == "fused"))
-        prepared = _prepared(recipe, loaded, run, material)
+        prepared = _prepared(recipe, loaded, run, material, shelf)
     except BaseException:
         kinds.fold(model)
         raise
     return replace(prepared, before=replace(prepared.before, bytes=written))
 
 
-def _prepared(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None) -> Prepared:
+def _prepared(
+    recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None, shelf: Shelf | None
+) -> Prepared:
     """Prepare a model whose matrices are all nn.Linear."""
     model = loaded.model
-    found = targets_of(recipe, model)
+    found = planning.targets_of(recipe, model)
     for target in found:
         check_matrix(models.weight(model, target), target.name)
-    suspected, limit = dimensions.find(model, found), limit_of(recipe, model, found, loaded.stored)
-    bases = _bases(recipe, model, found, suspected)
+    dtype = planning.output_dtype(recipe, loaded.stored)
+    timed = planning.times_of(recipe, model, found, loaded.stored, run.watch)
+    limit = planning.limit_of(recipe, model, found, loaded.stored, timed)
+    suspected = dimensions.find(model, found)
+    bases = planning.bases_of(recipe, model, found, suspected)
     # An unreachable budget is refused now, not after the calibration.
     selection.unseen(recipe, limit, model, found, suspected, bases)
     texts = _material(recipe, loaded, run, material)
-    narrowable = _dimensions(recipe, model, found, texts)
+    narrowable = planning.dimensions_of(recipe, model, found, texts)
     selection.unseen(recipe, limit, model, found, narrowable, bases)
-    attentions = _heads(recipe, model, found) if texts.is_text else []
-    dense = _measure(run, "measure dense", model, texts.held_out)
-    dense_foreign = _measure(run, "measure dense", model, texts.foreign)
-    with run.stage("calibrate") as progress:
-        names = [name for target in found for name in target.modules]
-        calibrated = statistics_of(recipe, model, names, texts.calibration, progress)
-    run.warnings.extend(routing.fill(model, found, calibrated.stats))
-    blocks: dict[str, float] = {}
-    if recipe.depth and isinstance(texts.trial, Tensor):
-        with run.stage("try blocks") as progress:
-            blocks = rebuild.block_losses(model, found, texts.trial[:_DEPTH_WINDOWS], progress)
-    with run.stage("factor") as progress:
-        parts, lacking = factor(recipe, model, found, narrowable, attentions, calibrated, progress, bases)
-        run.warnings.extend(lacking)
-    before = sizes(model, found, output_dtype(recipe, loaded.stored))
-    decomposed = Decomposed(parts, narrowable, attentions, blocks, bases)
-    return Prepared(loaded, found, decomposed, before, texts, dense, dense_foreign, calibrated, run)
+    attentions = planning.heads_of(recipe, model, found) if texts.is_text else []
+    same = readings.find(model, found, running.outputs(model, texts)) if recipe.share_inputs else []
+    cached = None
+    if shelf is not None and texts.is_text:
+        with run.stage("look into cache"):
+            cached = Cached.of(shelf, model, loaded.source, run.warnings)
+    dense = decomposing.measure_dense(run, model, texts.held_out, cached)
+    dense_foreign = decomposing.measure_dense(run, model, texts.foreign, cached)
+    open_ones = Decomposed({}, narrowable, attentions, {}, bases, same)
+    blocks = decomposing.block_losses(recipe, model, found, texts, run, cached)
+    factored = decomposing.factored(recipe, model, found, open_ones, texts, run, cached)
+    run.warnings.extend(factored.warnings)
+    before = sizes(model, found, dtype)
+    decomposed = replace(open_ones, parts=factored.parts, blocks=blocks)
+    passed = timekeeping.measured(timed, model, found, run)
+    return Prepared(
+        loaded,
+        found,
+        decomposed,
+        before,
+        texts,
+        dense,
+        dense_foreign,
+        factored.calibrated,
+        run,
+        timed,
+        passed,
+    )
 
 
 def _material(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None) -> Windows:
@@ -193,41 +161,6 @@ def _material(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | 
             material = reading.read(recipe, loaded, run.warnings)
         running.check(recipe, material, loaded.model)
         return running.remembered(loaded.model, material)
-
-
-def _heads(recipe: Recipe, model: nn.Module, found: Sequence[Target]) -> list[Heads]:
-    """Return the attentions whose heads may be made narrower one by one, each verified."""
-    return heads.found(model, dimensions.find(model, found)) if _by_heads(recipe) else []
-
-
-def _bases(
-    recipe: Recipe, model: nn.Module, found: Sequence[Target], suspected: Sequence[Dimension]
-) -> list[tuple[str, ...]]:
-    if recipe.resolved_method().form != "shared":
-        return []
-    return sharing.bases(model, found, suspected, recipe.layers)
-
-
-def _by_heads(recipe: Recipe) -> bool:
-    """Tell whether heads may be made narrower: mixed does better with ranks, and no stock config says it."""
-    return recipe.resolved_method().form == "width" and not recipe.stock
-
-
-def _dimensions(recipe: Recipe, model: nn.Module, found: Sequence[Target], texts: Windows) -> list[Dimension]:
-    """Return the hidden dimensions that may be made narrower, each verified."""
-    if not recipe.resolved_method().narrows:
-        return []
-    suspected = dimensions.find(model, found)
-    seen = running.outputs(model, texts)
-    verified = dimensions.verified(
-        model, suspected, lambda whole, dimension: dimensions.holds(whole, dimension, seen)
-    )
-    if recipe.resolved_method().form == "width" and not any(found.kind == "mlp" for found in verified):
-        raise ModelError(
-            f"{type(model).__name__} has no MLP that can be made narrower among the treated matrices: its "
-            "matrices must be nn.Linear, with nothing between them that mixes channels; use form pivoted"
-        )
-    return verified
 
 
 def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) -> tuple[Any, Result]:
@@ -243,10 +176,10 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         NotFinite: a factor does not fit the output dtype, or the model's logits are not finite.
     """
     loaded, run = prepared.loaded, prepared.run
-    dtype, texts = output_dtype(recipe, loaded.stored), prepared.texts
+    dtype, texts = planning.output_dtype(recipe, loaded.stored), prepared.texts
     anchored = recipe.resolved_method().target == "anchored"
     original = copy.deepcopy(loaded.model) if recipe.heal is not None or anchored else None
-    model, found, modules, kept = _made(recipe, prepared)
+    model, found, modules, kept, timing = _made(recipe, prepared)
     if anchored:
         _anchor(recipe, prepared, model, original)
     if recipe.stores:
@@ -254,14 +187,15 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     one_shot, foreign = None, None
     healing: tuple[Refined, ...] = ()
     if recipe.heal is not None:
-        one_shot = _measure(run, "measure one shot", model, texts.held_out)
-        foreign = _measure(run, "measure one shot", model, texts.foreign)
+        one_shot = decomposing.measured(run, "measure one shot", model, texts.held_out)
+        foreign = decomposing.measured(run, "measure one shot", model, texts.foreign)
         healing = _healed(recipe, prepared, model, original, ward)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     with accounting.rounded(model, found, dtype) as after:
-        compressed = _measure(run, "measure compressed", model, texts.held_out)
-        elsewhere = _measure(run, "measure compressed", model, texts.foreign)
+        compressed = decomposing.measured(run, "measure compressed", model, texts.held_out)
+        elsewhere = decomposing.measured(run, "measure compressed", model, texts.foreign)
     modules = assemble.updated(modules, found, model)
+    timing = timekeeping.with_measured(timing, prepared.measured, model, found, run)
     plugin.mark(kinds.fold(model))
     after = replace(after, bytes=accounting.written_bytes(model, dtype))
     predicted = sum(module.loss for module in modules)
@@ -288,6 +222,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         one_shot=one_shot,
         foreign=Quality.of(prepared.dense_foreign, foreign, elsewhere),
         healing=healing,
+        timing=timing,
     )
 
 
@@ -295,11 +230,13 @@ Kept = list[tuple[Choice, str]]
 """Each choice that is in the model, with the name that its matrix has there."""
 
 
-def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept]:
+def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept, Timing | None]:
     """Choose, and put the modules into the model; return it, its targets and what became of them."""
     run, found, model = prepared.run, prepared.found, prepared.loaded.model
-    dtype = output_dtype(recipe, prepared.loaded.stored)
-    limit = limit_of(recipe, model, found, prepared.loaded.stored)
+    stored = prepared.loaded.stored
+    dtype = planning.output_dtype(recipe, stored)
+    timed = planning.times_of(recipe, model, found, stored, run.watch, prepared.timed)
+    limit = planning.limit_of(recipe, model, found, stored, timed)
     with run.stage("choose") as progress:
         trial, decomposed = prepared.texts.trial, prepared.decomposed
 
@@ -323,7 +260,8 @@ def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[M
     left = rebuild.moved(found, prepared.loaded.model, dropped)
     names = [target.name for target in left]
     kept = zip([choice for choice in choices if choice.form != "dropped"], names, strict=True)
-    return model, left, modules, list(kept)
+    timing = None if timed is None else timed.timing(recipe.resolved_objective, found, choices)
+    return model, left, modules, list(kept), timing
 
 
 def _store(recipe: Recipe, prepared: Prepared, model: Any, kept: Kept) -> None:
@@ -339,15 +277,8 @@ def _anchor(recipe: Recipe, prepared: Prepared, model: Any, original: Any) -> No
     assert isinstance(prepared.texts.calibration, Tensor)
     with prepared.run.stage("anchor") as progress:
         metrics = closed.Metrics({})
-        closed.refit(
-            model,
-            original,
-            prepared.texts.calibration,
-            1.0,
-            metrics=metrics,
-            damp=recipe.damp,
-            watch=progress,
-        )
+        rows = prepared.texts.calibration
+        closed.refit(model, original, rows, 1.0, metrics=metrics, damp=recipe.damp, watch=progress)
 
 
 def _healed(
@@ -372,13 +303,6 @@ def _healed(
 
 def _digest(rows: Rows | None) -> str:
     return mend.hash_of(rows.tolist() if isinstance(rows, Tensor) else None)
-
-
-def _measure(run: Run, name: str, model: Any, rows: Rows | None) -> Measured | None:
-    if rows is None:
-        return None
-    with run.stage(name) as progress:
-        return running.quality(model, rows, progress)
 
 
 def load_for(recipe: Recipe, low_rank: bool = False) -> hub.Loaded:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from . import dense, kinds, models, resizing, stores
+from . import dense, fusing, kinds, models, resizing, stores
 from .declaration import NAME, EckartConfig, declare
 from .embeddings import FactoredEmbedding, FactoredHead, dense_embedding
 from .experts import Experts
@@ -183,6 +183,7 @@ def densify(model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model: a model with such modules (without any, it is returned as it is).
         dtype: cast the result, a torch.dtype or its name; default: as it is.
     """
+    fusing.unfuse(model)
     for name, module in models.low_rank_modules(model).items():
         if isinstance(module, CorrectedLinear):
             models.replace(model, name, dense.dense_corrected(module, model.dtype))

@@ -39,7 +39,8 @@ def read(recipe: Recipe, loaded: hub.Loaded, warnings: list[str]) -> Windows:
         raise ConfigError("got data to measure on and none to calibrate on: give --data")
     found = _of_data(recipe.data, loaded, task)
     held_out = _of_data(recipe.eval_data, loaded, task) if recipe.eval_data else None
-    return running.of_batches(loaded.model, found, held_out, gradients=_gradients(recipe, len(found)))
+    gradients = _gradients(recipe, len(found))
+    return running.of_batches(loaded.model, found, held_out, gradients=gradients, parts=task.parts)
 
 
 def _gradients(recipe: Recipe, count: int) -> int:

@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .healing import Healing, Refined
+from .latency import Timing
 from .losses import MeasuredLoss
 from .measure import Perplexity
+from .pages.notebook import Shown
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -70,7 +72,43 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class Tried:
+    """A size that was tried: increases of the loss, in nats per token, and the perplexity.
+
+    Args:
+        keep: of what the recipe counts.
+        predicted: from curvature; None for methods without gradients.
+        corrected: that, corrected by the measurements before this one (eckart.prediction).
+        perplexity, increase: measured.
+        within: the limit.
+    """
+
+    keep: float
+    predicted: float | None
+    corrected: float | None
+    perplexity: float
+    increase: float
+    within: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How the size was found: the smallest keep whose perplexity is at most `limit` above the dense model's.
+
+    Args:
+        limit: a fraction; 0.03 is 3 %.
+        resolution: keeps are multiples of it; the next smaller one was measured to be too small, unless
+            the steps ran out.
+        steps: in the order in which they were measured.
+    """
+
+    limit: float
+    resolution: float
+    steps: tuple[Tried, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Shown):
     """Everything that the report says.
 
     `source_bytes` is the size of the input's weight files, `file_bytes` that of the output's, both
@@ -79,8 +117,9 @@ class Result:
     `task` is what the model was loaded for (eckart.tasks). Statistics are means over `calibration_tokens`,
     which are samples where that is the `calibration_unit`.
     `compressed` is measured at the end, `one_shot` before the refinements in `healing` (None where there
-    are none), and `foreign` is the same for a text of another kind. `seconds` are per stage,
-    `peak_memory` in bytes.
+    are none), and `foreign` is the same for a text of another kind. `search` says how `max_ppl_increase`
+    became the recipe's keep. `seconds` are per stage,
+    `peak_memory` in bytes. `timing` is there where times decided.
     """
 
     recipe: Recipe
@@ -106,6 +145,8 @@ class Result:
     healing: tuple[Refined, ...] = ()
     calibration_unit: str = "tokens"
     task: str = "causal-lm"
+    timing: Timing | None = None
+    search: Search | None = None
 
     @property
     def keep_linears(self) -> float:
@@ -141,7 +182,7 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class Healed:
+class Healed(Shown):
     """What healing a compressed model did; `quality` and `foreign` are None where nothing was measured."""
 
     source: str

@@ -12,8 +12,9 @@ from .batches import Batch, Call, Key
 from .errors import ConfigError, NotFinite
 from .losses import Batches, MeasuredLoss
 from .measure import Perplexity
-from .objectives import Loss
+from .objectives import Loss, Objective
 from .recipe import Recipe
+from .several import Parts, Several
 from .windows import Rows, Windows
 
 _HELD_OUT = 0.1
@@ -79,7 +80,7 @@ def outputs(model: nn.Module, material: Windows) -> Callable[[], Tensor]:
 
 @torch.no_grad()
 def _outputs(model: nn.Module, batch: Batch, rows: Batches) -> Tensor:
-    found = objectives.real_rows(batches.call(model, batch), batch, rows.sides)
+    found = rows.objective.rows(batches.call(model, batch), batch)
     return torch.cat([row.flatten() for row in found])
 
 
@@ -102,6 +103,7 @@ def of_batches(
     masks: Mapping[Key, Key] | None = None,
     inputs: Sequence[Key] | None = None,
     gradients: int | None = None,
+    parts: Parts | None = None,
 ) -> Windows:
     """Return what to run `model` on, of batches that it can be called with.
 
@@ -114,6 +116,7 @@ def of_batches(
         masks: argument with a sequence -> argument with its mask; default: those of transformers.
         inputs: the arguments that the model gets of each batch, by name or by position; default: all.
         gradients: how many of the batches to take gradients on; default: all.
+        parts: the outputs whose distance from the dense model's is the loss (eckart.several).
 
     Raises:
         ConfigError: a batch cannot be passed to a model, there are too few, or the loss is not known.
@@ -129,7 +132,10 @@ def of_batches(
     sides = batches.sides_of(model, masks)
     both = [batches.narrowed(part, inputs) for part in (calls, held_out)]
     first = losses.fitted(model, batches.without_padded_labels(both[0][0], sides))
-    if loss is None:
+    objective: Objective
+    if parts is not None:
+        objective = Several(parts)
+    elif loss is None:
         objective = objectives.default(model, first, sides)
     else:
         unit = "token" if batches.masks(first, sides) else "sample"

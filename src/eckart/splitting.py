@@ -114,8 +114,7 @@ def _halves(fused: nn.Linear) -> Iterator[Layout]:
 
 def _thirds(model: Any, fused: nn.Linear, reader: nn.Linear) -> Iterator[Layout]:
     """Yield the ways in which the rows of queries, keys and values may stand: all, or group by group."""
-    config = getattr(model, "config", None)
-    heads = getattr(config and config.get_text_config(), "num_attention_heads", None) or 1
+    heads = dimensions.head_count(getattr(model, "config", None)) or 1
     size = reader.in_features // heads
     rest = fused.out_features - reader.in_features
     if reader.in_features % heads or rest <= 0 or rest % (2 * size) or heads % (rest // (2 * size)):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
+from .pages.notebook import Shown
 from .spectra import ENERGIES, SHARES, TOP, Measures, Noise, measure, noise
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ def held(matrices: Sequence[Matrix], metric: MetricName) -> Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Survey:
+class Survey(Shown):
     """The spectra of a model's matrices.
 
     metrics: which there are, the strongest last.
@@ -212,6 +213,10 @@ class Survey:
                 for one in self.matrices
             ],
         }  # fmt: skip
+
+    def document(self) -> dict[str, Any]:
+        """Return everything, the singular values too, as plain JSON values."""
+        return {**self.to_dict(), "spectra": self.values_dict()}
 
     def __str__(self) -> str:
         """Show it as plain text tables."""

@@ -8,6 +8,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from .errors import ConfigError, ModelError
+from .several import Parts
 
 AUTO = "auto"
 CAUSAL = "causal-lm"
@@ -33,6 +34,24 @@ _MAPPING = {
     "AutoModelForVideoClassification": "MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForMaskedImageModeling": "MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING_NAMES",
     "AutoModelForAudioFrameClassification": "MODEL_FOR_AUDIO_FRAME_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForSemanticSegmentation": "MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES",
+    "AutoModelForUniversalSegmentation": "MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES",
+    "AutoModelForInstanceSegmentation": "MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES",
+    "AutoModelForImageSegmentation": "MODEL_FOR_IMAGE_SEGMENTATION_MAPPING_NAMES",
+    "AutoModelForObjectDetection": "MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES",
+    "AutoModelForZeroShotObjectDetection": "MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES",
+    "AutoModelForDepthEstimation": "MODEL_FOR_DEPTH_ESTIMATION_MAPPING_NAMES",
+    "AutoModelForPoseEstimation": "MODEL_FOR_POSE_ESTIMATION_MAPPING_NAMES",
+    "AutoModelForImageMatting": "MODEL_FOR_IMAGE_MATTING_MAPPING_NAMES",
+    "AutoModelForImageToImage": "MODEL_FOR_IMAGE_TO_IMAGE_MAPPING_NAMES",
+    "AutoModelForMaskGeneration": "MODEL_FOR_MASK_GENERATION_MAPPING_NAMES",
+    "AutoModelForAudioXVector": "MODEL_FOR_AUDIO_XVECTOR_MAPPING_NAMES",
+    "AutoModelForTimeSeriesPrediction": "MODEL_FOR_TIME_SERIES_PREDICTION_MAPPING_NAMES",
+    "AutoModelForTextToSpectrogram": "MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING_NAMES",
+    "AutoModelForTableQuestionAnswering": "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES",
+    "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
 }
 
 
@@ -46,6 +65,8 @@ class Task:
         input: how its inputs are made of text or data (eckart.reading).
         tag: what the hub calls it.
         loss: what is measured, in words.
+        parts: the outputs whose distance from the dense model's is the loss; None: the model's own loss,
+            or what it says (eckart.objectives).
     """
 
     name: str
@@ -53,6 +74,7 @@ class Task:
     input: Input
     tag: str
     loss: str
+    parts: Parts | None = None
 
     @property
     def reads_text(self) -> bool:
@@ -76,41 +98,80 @@ class Task:
 
 
 _DISTANCE = "without labels, the distance from the dense model's outputs"
+_OUTPUTS = "the distance from the dense model's outputs; labels in the data are not read"
 _LABELS = f"of the labels in the data; {_DISTANCE}"
+_LOGITS, _QUERIES = (("logits", -1),), (("class_queries_logits", -1), ("logits", -1))
+_MASKS = ("masks_queries_logits", "pred_masks", "pred_boxes")
 # In the order in which an architecture that serves several is looked for.
-_ROWS: tuple[tuple[str, str, Input, str, str], ...] = (
-    (CAUSAL, "AutoModelForCausalLM", "windows", "text-generation", "of the next token"),
-    ("seq2seq-lm", "AutoModelForSeq2SeqLM", "continued", "text2text-generation",
-     "of the second half of a window, the first half being read by the encoder"),
-    ("speech-seq2seq", "AutoModelForSpeechSeq2Seq", "sound", "automatic-speech-recognition", _LABELS),
-    ("masked-lm", "AutoModelForMaskedLM", "masked", "fill-mask",
-     "of 15 % of the tokens: 80 % of them masked, 10 % exchanged, 10 % as they were"),
-    ("sequence-classification", "AutoModelForSequenceClassification", "texts", "text-classification",
-     _LABELS),
-    ("token-classification", "AutoModelForTokenClassification", "texts", "token-classification", _LABELS),
-    ("question-answering", "AutoModelForQuestionAnswering", "texts", "question-answering", _LABELS),
-    ("image-classification", "AutoModelForImageClassification", "images", "image-classification", _LABELS),
-    ("audio-classification", "AutoModelForAudioClassification", "sound", "audio-classification", _LABELS),
-    ("ctc", "AutoModelForCTC", "sound", "automatic-speech-recognition", _LABELS),
-    ("zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "pairs",
-     "zero-shot-image-classification",
-     "of finding the text of each picture in its batch, and the picture of each text"),
-    ("image-text-to-text", "AutoModelForImageTextToText", "data", "image-text-to-text", _LABELS),
-    ("multiple-choice", "AutoModelForMultipleChoice", "data", "multiple-choice", _LABELS),
-    ("next-sentence-prediction", "AutoModelForNextSentencePrediction", "data", "text-classification",
-     _LABELS),
-    ("visual-question-answering", "AutoModelForVisualQuestionAnswering", "data",
-     "visual-question-answering", _LABELS),
-    ("document-question-answering", "AutoModelForDocumentQuestionAnswering", "data",
-     "document-question-answering", _LABELS),
-    ("video-classification", "AutoModelForVideoClassification", "data", "video-classification", _LABELS),
-    ("masked-image-modeling", "AutoModelForMaskedImageModeling", "data", "image-feature-extraction",
-     _DISTANCE),
-    ("audio-frame-classification", "AutoModelForAudioFrameClassification", "data", "audio-classification",
-     _LABELS),
-    ("feature-extraction", "AutoModel", "either", "feature-extraction", _DISTANCE),
+_KNOWN = (
+    Task(CAUSAL, "AutoModelForCausalLM", "windows", "text-generation", "of the next token"),
+    Task("seq2seq-lm", "AutoModelForSeq2SeqLM", "continued", "text2text-generation",
+         "of the second half of a window, the first half being read by the encoder"),
+    Task("speech-seq2seq", "AutoModelForSpeechSeq2Seq", "sound", "automatic-speech-recognition", _LABELS),
+    Task("masked-lm", "AutoModelForMaskedLM", "masked", "fill-mask",
+         "of 15 % of the tokens: 80 % of them masked, 10 % exchanged, 10 % as they were"),
+    Task("sequence-classification", "AutoModelForSequenceClassification", "texts", "text-classification",
+         _LABELS),
+    Task("token-classification", "AutoModelForTokenClassification", "texts", "token-classification", _LABELS),
+    Task("question-answering", "AutoModelForQuestionAnswering", "texts", "question-answering", _LABELS),
+    Task("image-classification", "AutoModelForImageClassification", "images", "image-classification",
+         _LABELS),
+    Task("audio-classification", "AutoModelForAudioClassification", "sound", "audio-classification", _LABELS),
+    Task("ctc", "AutoModelForCTC", "sound", "automatic-speech-recognition", _LABELS),
+    Task("zero-shot-image-classification", "AutoModelForZeroShotImageClassification", "pairs",
+         "zero-shot-image-classification",
+         "of finding the text of each picture in its batch, and the picture of each text"),
+    Task("image-text-to-text", "AutoModelForImageTextToText", "data", "image-text-to-text", _LABELS),
+    Task("multiple-choice", "AutoModelForMultipleChoice", "data", "multiple-choice", _LABELS),
+    Task("next-sentence-prediction", "AutoModelForNextSentencePrediction", "data", "text-classification",
+         _LABELS),
+    Task("visual-question-answering", "AutoModelForVisualQuestionAnswering", "data",
+         "visual-question-answering", _LABELS),
+    Task("document-question-answering", "AutoModelForDocumentQuestionAnswering", "data",
+         "document-question-answering", _LABELS),
+    Task("video-classification", "AutoModelForVideoClassification", "data", "video-classification", _LABELS),
+    Task("masked-image-modeling", "AutoModelForMaskedImageModeling", "data", "image-feature-extraction",
+         _DISTANCE),
+    Task("audio-frame-classification", "AutoModelForAudioFrameClassification", "data", "audio-classification",
+         _LABELS),
+    Task("multimodal-lm", "AutoModelForMultimodalLM", "data", "any-to-any", _LABELS),
+    # Labels of these are not what a loss is a mean of (matched boxes, resized masks): outputs are compared.
+    Task("semantic-segmentation", "AutoModelForSemanticSegmentation", "data", "image-segmentation", _OUTPUTS,
+         Parts((("logits", 1),))),
+    Task("universal-segmentation", "AutoModelForUniversalSegmentation", "data", "image-segmentation",
+         _OUTPUTS, Parts(_QUERIES, _MASKS)),
+    Task("instance-segmentation", "AutoModelForInstanceSegmentation", "data", "image-segmentation", _OUTPUTS,
+         Parts(_QUERIES, _MASKS)),
+    Task("image-segmentation", "AutoModelForImageSegmentation", "data", "image-segmentation", _OUTPUTS,
+         Parts(_QUERIES, _MASKS)),
+    Task("object-detection", "AutoModelForObjectDetection", "data", "object-detection", _OUTPUTS,
+         Parts(_LOGITS, ("pred_boxes",))),
+    Task("zero-shot-object-detection", "AutoModelForZeroShotObjectDetection", "data",
+         "zero-shot-object-detection", _OUTPUTS, Parts((), ("logits", "pred_boxes"))),
+    Task("depth-estimation", "AutoModelForDepthEstimation", "data", "depth-estimation", _OUTPUTS,
+         Parts((), ("predicted_depth",))),
+    Task("pose-estimation", "AutoModelForPoseEstimation", "data", "keypoint-detection", _OUTPUTS,
+         Parts((), ("heatmaps",))),
+    Task("image-matting", "AutoModelForImageMatting", "data", "image-segmentation", _OUTPUTS,
+         Parts((), ("alphas",))),
+    Task("image-to-image", "AutoModelForImageToImage", "data", "image-to-image", _OUTPUTS,
+         Parts((), ("reconstruction",))),
+    Task("mask-generation", "AutoModelForMaskGeneration", "data", "mask-generation", _OUTPUTS,
+         Parts((), ("pred_masks", "iou_scores"))),
+    Task("audio-xvector", "AutoModelForAudioXVector", "data", "audio-classification", _OUTPUTS,
+         Parts(_LOGITS, ("embeddings",))),
+    Task("time-series-prediction", "AutoModelForTimeSeriesPrediction", "data", "time-series-forecasting",
+         _OUTPUTS, Parts((), ("mean_predictions", "full_predictions"))),
+    Task("text-to-spectrogram", "AutoModelForTextToSpectrogram", "data", "text-to-speech", _OUTPUTS,
+         Parts((), ("spectrogram",))),
+    Task("table-question-answering", "AutoModelForTableQuestionAnswering", "data", "table-question-answering",
+         _DISTANCE),
+    Task("feature-extraction", "AutoModel", "either", "feature-extraction", _DISTANCE),
+    Task("text-encoding", "AutoModelForTextEncoding", "texts", "feature-extraction", _DISTANCE),
+    Task("pre-training", "AutoModelForPreTraining", "data", "feature-extraction", _OUTPUTS,
+         Parts((("prediction_logits", -1), ("seq_relationship_logits", -1), ("logits", -1)))),
 )  # fmt: skip
-TASKS: dict[str, Task] = {row[0]: Task(*row) for row in _ROWS}
+TASKS: dict[str, Task] = {task.name: task for task in _KNOWN}
 
 
 def get(name: str) -> Task:

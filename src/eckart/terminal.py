@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from .errors import EckartError
+from .errors import ConfigError, EckartError
 
 DECLINED, REFUSED, INTERRUPTED = 1, 2, 130
 EXIT_CODES = (
@@ -48,6 +48,23 @@ EvalDataSources = Annotated[
 Cache = Annotated[
     Path | None, typer.Option(help="Folder to keep the dense model's predictions in, for later runs.")
 ]
+RunCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        help="Folder to keep statistics, decompositions and the dense model's predictions in, for later "
+        "runs; default: what eckart curve or sweep kept in the user's cache is taken from there.",
+    ),
+]
+WholeCache = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache",
+        help="Folder to keep statistics and decompositions in, from which later runs start at once; default: "
+        "eckart in the user's cache folder (eckart cache shows it).",
+    ),
+]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Take nothing from a cache, and keep nothing.")]
 Device = Annotated[str | None, typer.Option(help="cuda, mps, cpu; default: the first that is there.")]
 Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Begin windows with the begin token.")]
 Remote = Annotated[
@@ -73,7 +90,26 @@ TextLicence = Annotated[
         "--text-licence", help="Of the texts, for the model card; default: what FILE.license or a card says."
     ),
 ]
+Latency = Annotated[
+    str | None,
+    typer.Option(help="Time of the treated maps instead: a share of the dense, 0.6, or 12ms per token."),
+]
+Objective = Annotated[
+    str | None, typer.Option(help="Spend size, latency, or balanced: size, with nothing slower than dense.")
+]
+Workload = Annotated[
+    str | None, typer.Option(help="Of times: decode (default), or how many tokens at once, as 512.")
+]
+Times = Annotated[
+    Path | None, typer.Option(help="JSON table of times, read; what it lacks is measured and added.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", help="HTML file to write as well: it needs no network; replaced by --overwrite alone."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -110,6 +146,24 @@ def show(what: Any, as_json: bool) -> None:
         # In a pipe, tables have a fixed width and sentences are not broken.
         piped = not sys.stdout.isatty()
         Console(width=120 if piped else None).print(what, soft_wrap=piped)
+
+
+def numbers(given: list[str] | None, what: str) -> tuple[float, ...]:
+    """Return the numbers of an option that may be given several times, each with several between commas.
+
+    Raises:
+        ConfigError: one is no number.
+    """
+    parts = words(given)
+    try:
+        return tuple(map(float, parts))
+    except ValueError as error:
+        raise ConfigError(f"--{what} {','.join(parts)}: write numbers such as 0.9,0.6") from error
+
+
+def words(given: list[str] | None) -> tuple[str, ...]:
+    """Return the words of an option that may be given several times, each with several between commas."""
+    return tuple(part.strip() for one in given or () for part in one.split(",") if part.strip())
 
 
 def work_folder(out: Path) -> Path:

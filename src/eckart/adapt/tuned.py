@@ -2,10 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..pages.notebook import Shown
 from .judge import Judged
 from .tuning import Tuning
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Prospect:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuned:
+class Tuned(Shown):
     """What a tuning run did.
 
     Args:
@@ -95,3 +99,15 @@ class Tuned:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return {"schema": 1, **asdict(self)}
+
+    def __str__(self) -> str:
+        """Show it as plain text tables."""
+        from ..render import plain
+
+        return plain(self)
+
+    def __rich__(self) -> "RenderableType":
+        """Show it as tables."""
+        from .report_tune import tuned_table
+
+        return tuned_table(self)

@@ -163,8 +163,10 @@ class _Packed:
         # Codes up to 127 times inputs may overflow float16: there the scales come first.
         if not isinstance(self.storage.scales, Rows) or dtype == torch.float16:
             return _joined([functional.linear(flat, part.values(dtype)) for part in self.parts()])
-        few = flat.device.type == "cpu" and len(flat) <= _FEW and dtype == torch.bfloat16
-        if few and not torch.compiler.is_compiling() and _packable(self.codes):
+        # First of all, or a graph would be one for few rows only.
+        eager = not torch.compiler.is_compiling()
+        few = eager and flat.device.type == "cpu" and len(flat) <= _FEW and dtype == torch.bfloat16
+        if few and _packable(self.codes):
             ones = torch.ones(self.shape[0], dtype=dtype)
             out = torch.ops.aten._weight_int8pack_mm(flat.contiguous(), self.codes, ones)
         else:

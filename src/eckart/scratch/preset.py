@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from .. import api, hub, models, pipeline
+from .. import api, hub, models, planning
 from ..construct import construct
 from ..errors import ConfigError, ModelError, RankError
 from ..factors import FORMS, Form, break_even
@@ -79,7 +79,7 @@ def ranks(model: nn.Module, structure: Structure) -> dict[str, int]:
             no fewer parameters than the matrix. The pivoted form has no such rank, and full rank is dense.
         ModelError: nothing to treat, or a pattern matches nothing.
     """
-    plan = pipeline.plan(structure.recipe(), model, torch.float32)
+    plan = planning.plan(structure.recipe(), model, torch.float32)
     rules = [override.match for override in structure.overrides]
     for choice in plan.choices:
         place = models.match_one(choice.target.name, rules)

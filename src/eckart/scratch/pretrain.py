@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
-from .. import hub, modelcard, models, text
+from .. import hub, modelcard, models, render, text
 from ..adapt.session import work_folder
 from ..adapt.tuned import Prospect, Tuned
 from ..errors import ConfigError, ModelError
+from ..pages.notebook import Shown
 from ..stages import Watch, silent
 from ..training import is_main
 from . import preset, report_pretrain, tokens
 from .pretraining import Pretraining, from_mapping
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from .switch import Switched
 
 
 @dataclass(frozen=True, slots=True)
-class Pretrained:
+class Pretrained(Shown):
     """What came of a run.
 
     Args:
@@ -49,6 +52,14 @@ class Pretrained:
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON values."""
         return {"schema": 1, **asdict(self)}
+
+    def __str__(self) -> str:
+        """Show it as plain text tables."""
+        return render.plain(self)
+
+    def __rich__(self) -> "RenderableType":
+        """Show it as tables."""
+        return report_pretrain.result_table(self.to_dict(), self.tuned)
 
 
 def pretrain(

@@ -55,6 +55,20 @@ def bench(
     shape: Annotated[
         list[str] | None, typer.Option(help="--layers: other shapes as well, outputs x inputs: 4096x14336.")
     ] = None,
+    compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile",
+            help="Measure the models under torch.compile as well, with static caches; takes minutes.",
+        ),
+    ] = False,
+    fuse: Annotated[
+        bool,
+        typer.Option(
+            "--fuse",
+            help="Fuse low-rank models first (eckart.fuse); --layers: time fused and folded forms as well.",
+        ),
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Of the token ids (0).")] = None,
     dtype: Annotated[str | None, typer.Option(help="To compute in; default: float32 on a CPU.")] = None,
     device: Device = None,
@@ -64,7 +78,7 @@ def bench(
     """Measure how fast a model is on this machine, and how much memory it takes."""
     whole: dict[str, Any] = {
         "against": against, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "batch": batch,
-        "loads": loads, "seed": seed,
+        "loads": loads, "seed": seed, "compile": compile or None,
     }  # fmt: skip
     single: dict[str, Any] = {"keep": keep, "tokens": layer_tokens, "shape": shape}
     with failures():
@@ -74,7 +88,7 @@ def bench(
             measured: Callable[..., Any] = run.bench_layers if layers else run.bench
             found = measured(
                 model, runs=runs, warmup=warmup, threads=threads, dtype=dtype, device=device,
-                trust_remote_code=bool(trust_remote_code), watch=bars.watch, **_given(wanted),
+                trust_remote_code=bool(trust_remote_code), fuse=fuse, watch=bars.watch, **_given(wanted),
             )  # fmt: skip
         if as_json:
             print(json.dumps({"command": _command(), **found.to_dict()}, indent=2))

@@ -2,6 +2,7 @@
 
 import inspect
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +58,19 @@ def check_length(config: Any, source: str, setting: Setting) -> None:
 
 @torch.no_grad()
 def greedy(
-    model: Any, ids: Tensor, new_tokens: int, *, clock: Clock = time.perf_counter, finite: bool = False
+    model: Any,
+    ids: Tensor,
+    new_tokens: int,
+    *,
+    clock: Clock = time.perf_counter,
+    finite: bool = False,
+    forward: Callable[..., Any] | None = None,
+    kept: Any = None,
 ) -> Pass:
     """Decode always the likeliest token, `new_tokens` of them whatever they are, and time it.
 
-    The model keeps keys and values in the cache that it makes itself. Every reading of `clock` waits for the
-    device; between the first new token and the last nothing does.
+    The model keeps keys and values in the cache that it makes itself, or in the one that it gets. Every
+    reading of `clock` waits for the device; between the first new token and the last nothing does.
 
     Args:
         model: a causal language model.
@@ -70,15 +78,19 @@ def greedy(
         new_tokens: at least 2.
         clock: what tells the seconds.
         finite: check all logits, which takes time.
+        forward: what runs it; default: the model.
+        kept: a cache, empty; default: the model makes one.
 
     Raises:
         ModelError: the model keeps no cache.
         NotFinite: a logit is NaN or infinite, with `finite`.
     """
-    cache, options = _cache_word(model), _last_alone(model)
+    word, options = cache_word(model), _last_alone(model)
+    run = forward or model
+    given = {} if kept is None else {word: kept}
     synchronise(model.device)
     start = clock()
-    made = model(input_ids=ids.to(model.device), use_cache=True, **options)
+    made = run(input_ids=ids.to(model.device), use_cache=True, **given, **options)
     synchronise(model.device)
     prefilled = clock()
     token = _likeliest(made.logits, finite)
@@ -86,7 +98,8 @@ def greedy(
     token.cpu()
     first = clock()
     for _ in range(new_tokens - 1):
-        made = model(input_ids=token, use_cache=True, **{cache: _kept(model, made, cache)}, **options)
+        given = given if kept is not None else {word: _kept(model, made, word)}
+        made = run(input_ids=token, use_cache=True, **given, **options)
         token = _likeliest(made.logits, finite)
         chosen.append(token)
     synchronise(model.device)
@@ -104,7 +117,7 @@ def _likeliest(logits: Tensor, finite: bool) -> Tensor:
     return logits[:, -1:].argmax(-1)
 
 
-def _cache_word(model: Any) -> str:
+def cache_word(model: Any) -> str:
     """Return what the cache is called, in arguments and outputs; newer transformers call it otherwise."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .. import factors, ranks
 from ..errors import ModelError
-from ..factors import FORMS, MODULES, Form
+from ..factors import FORMS, MODULES, FactoredLinear, Form, PivotedLinear
+from ..lean import LeanFactored, LeanPivoted
 from ..stages import Watch
 from .options import LayerOptions
 from .spread import Quotient, Spread, quotient
@@ -33,17 +34,33 @@ _WRONG = 0.05
 Shape = tuple[int, int]
 
 
+def _folded(module: PivotedLinear) -> LeanPivoted:
+    lean = LeanPivoted.of(module)
+    lean.reorder(torch.arange(module.out_features, device=module.order.device))
+    return lean
+
+
+FUSED: dict[str, tuple[Form, Callable[[Any], FactoredLinear | PivotedLinear]]] = {
+    "factored, fused": ("factored", LeanFactored.of),
+    "pivoted, fused": ("pivoted", LeanPivoted.of),
+    "pivoted, folded": ("pivoted", _folded),
+}
+"""What eckart.fuse makes of a form; folded: with outputs in the order in which they are made."""
+
+
 @dataclass(frozen=True, slots=True)
 class FormTime:
     """What a low-rank form of a map takes.
 
     Args:
+        form: which it is, fused or not.
         rank: the largest within `keep`.
         bytes, flops: its share of those of the dense map.
         seconds: of one call.
         ratio: of its time to that of the dense map.
     """
 
+    form: Form
     rank: int
     bytes: float
     flops: float
@@ -61,7 +78,7 @@ class LayerTime:
         tokens: at once.
         calls: of each form, one after another, in every round.
         dense: seconds of a call.
-        forms: of those that are smaller at this `keep`.
+        forms: of those that are smaller at this `keep`, by name: a form, or one of FUSED.
     """
 
     shape: Shape
@@ -69,9 +86,9 @@ class LayerTime:
     tokens: int
     calls: int
     dense: Spread
-    forms: Mapping[Form, FormTime]
+    forms: Mapping[str, FormTime]
 
-    def share(self, form: Form) -> float:
+    def share(self, form: str) -> float:
         """Return what `form` should take of the dense time: its bytes for one token, its FLOPs for more.
 
         One token uses every weight once, so that reading it takes the time; more use each several times.
@@ -79,7 +96,7 @@ class LayerTime:
         found = self.forms[form]
         return found.bytes if self.tokens == 1 else found.flops
 
-    def excess(self, form: Form) -> float:
+    def excess(self, form: str) -> float:
         """Return the time of `form` in units of what it should take; 1 is as fast as its size allows."""
         return self.forms[form].ratio.value / self.share(form)
 
@@ -111,7 +128,7 @@ def measure(
     found: list[LayerTime] = []
     for shape, several in itertools.groupby(sizes, key=lambda size: size[0]):
         generator = torch.Generator().manual_seed(0)
-        forms = made(shape, options.keep, place, dtype, generator)
+        forms = made(shape, options.keep, place, dtype, generator, fused=options.fused)
         banks = copies(forms)
         for _, tokens in several:
             inputs = torch.randn(tokens, shape[1], generator=generator).to(place, dtype)
@@ -129,9 +146,15 @@ def _tick(watch: Watch | None, before: int, total: int, done: int, _: int) -> No
 
 
 def made(
-    shape: Shape, keep: float, place: torch.device, dtype: torch.dtype, generator: torch.Generator
+    shape: Shape,
+    keep: float,
+    place: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    *,
+    fused: bool = False,
 ) -> dict[str, Any]:
-    """Return a dense map of `shape` and its forms at `keep`, each with random weights of its own."""
+    """Return a dense map of `shape` and its forms at `keep`, with random weights; also `fused` ones."""
     outputs, inputs = shape
     with torch.device("meta"):
         found: dict[str, Any] = {"dense": nn.Linear(inputs, outputs, bias=False)}
@@ -139,7 +162,12 @@ def made(
             rank = ranks.uniform(ranks.Keep(keep), form, shape)
             if rank is not None:
                 found[form] = MODULES[form](inputs, outputs, rank)
-    return {name: _filled(module, place, dtype, generator) for name, module in found.items()}
+    found = {name: _filled(module, place, dtype, generator) for name, module in found.items()}
+    if fused:
+        for name, (form, make) in FUSED.items():
+            if form in found:
+                found[name] = make(copy.deepcopy(found[form]))
+    return found
 
 
 @torch.no_grad()
@@ -217,15 +245,16 @@ def _time(
     seconds: Mapping[str, Spread],
 ) -> LayerTime:
     dense = seconds["dense"]
-    low_rank: dict[Form, FormTime] = {}
-    for form in FORMS:
-        if form in forms:
-            rank = forms[form].rank
-            low_rank[form] = FormTime(
+    low_rank: dict[str, FormTime] = {}
+    for name in (*FORMS, *FUSED):
+        if name in forms:
+            form, rank = forms[name].kind, forms[name].rank
+            low_rank[name] = FormTime(
+                form=form,
                 rank=rank,
-                bytes=_bytes(forms[form]) / _bytes(forms["dense"]),
+                bytes=_bytes(forms[name]) / _bytes(forms["dense"]),
                 flops=factors.parameters(form, shape, rank) / (shape[0] * shape[1]),
-                seconds=seconds[form],
-                ratio=quotient(seconds[form], dense),
+                seconds=seconds[name],
+                ratio=quotient(seconds[name], dense),
             )
     return LayerTime(shape, count, tokens, calls, dense, low_rank)

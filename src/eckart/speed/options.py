@@ -74,6 +74,8 @@ class Options:
         rounds: how often.
         loads: how often each model is loaded in a process of its own, for load time and memory; 0: never.
         seed: of the token ids.
+        compiled: run the models under torch.compile as well.
+        fused: fuse low-rank models first (eckart.fuse).
 
     Raises:
         ConfigError: a number is too small, or there are none.
@@ -85,6 +87,8 @@ class Options:
     rounds: Rounds = Rounds()
     loads: int = 3
     seed: int = 0
+    compiled: bool = False
+    fused: bool = False
 
     def __post_init__(self) -> None:
         _counts(self, "prompt_tokens")
@@ -116,6 +120,7 @@ class LayerOptions:
         keep: of the parameters of each map, in (0, 1).
         tokens: how many at once.
         rounds: how often.
+        fused: time low-rank forms as eckart.fuse makes them, too.
 
     Raises:
         ConfigError: keep is out of range, a number is too small, or there are none.
@@ -124,6 +129,7 @@ class LayerOptions:
     keep: float = KEEP
     tokens: tuple[int, ...] = LAYER_TOKENS
     rounds: Rounds = Rounds()
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:

@@ -29,7 +29,7 @@ def speed_tables(result: Speed) -> RenderableType:
     columns = ("", "model") if result.against is None else ("", "model", "against", "model / against")
     title = result.model.source + ("" if result.against is None else f" against {result.against.source}")
     parts: list[RenderableType] = [table(title, columns, subject_rows(result))]
-    parts += [table(str(row.setting), columns, figure_rows(row)) for row in result.rows]
+    parts += [table(str(row.setting), columns, setting_rows(row)) for row in result.rows]
     parts += [Text(f"note: {remark}") for remark in remarks(result)]
     protocol = _protocol(result.options.rounds, result.machine, in_turn=result.against is not None)
     return Group(*parts, Text(f"{protocol}; greedy, with a cache of keys and values, end-of-text ignored"))
@@ -71,6 +71,16 @@ def _megabytes(size: int | None) -> tuple[str, float | None]:
     return ("", None) if size is None else (f"{size / MB:,.1f}", size)
 
 
+def setting_rows(row: Row) -> list[tuple[str, ...]]:
+    """Return the figures of a setting; those under torch.compile below, and how long compiling took."""
+    rows = figure_rows(row)
+    if row.compiled is None:
+        return rows
+    rows += [(f"compiled: {label}", *others) for label, *others in figure_rows(row.compiled)]
+    seconds = [f"{value:.1f}" for value in (row.compile_seconds or {}).values()]
+    return [*rows, ("compiling, s", *seconds, *([""] if row.against is not None else []))]
+
+
 def figure_rows(row: Row) -> list[tuple[str, ...]]:
     """Return median and quartiles of each figure, of both models and of their quotient."""
     ratios = row.ratios()
@@ -101,6 +111,8 @@ def _quotient(ratio: Quotient) -> str:
 def remarks(result: Speed) -> list[str]:
     """Return where the model is not faster than the other one, and what makes the figures doubtful."""
     found = [f"not faster: {text}" for row in result.rows for text in _not_faster(row)]
+    compiled = [row.compiled for row in result.rows if row.compiled is not None]
+    found += [f"not faster under torch.compile: {text}" for row in compiled for text in _not_faster(row)]
     subjects = [result.model, *([] if result.against is None else [result.against])]
     if any(one.alone is not None and not one.alone.exact for one in subjects):
         found.append(

@@ -1,9 +1,11 @@
 """What was measured of speed: values, JSON, and the table that shows them."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .. import render
+from ..pages.notebook import Shown
 from .alone import Alone
 from .layers import LayerTime
 from .options import LayerOptions, Options, Setting
@@ -88,11 +90,20 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A setting, and what the models gave in it, measured in turn."""
+    """A setting, and what the models gave in it, measured in turn.
+
+    Args:
+        setting: rows, tokens of a prompt, new tokens.
+        model, against: as they are.
+        compiled: the same under torch.compile, with static caches, in the same rounds; None: not asked for.
+        compile_seconds: of compiling each, by "model" and "against".
+    """
 
     setting: Setting
     model: Figures
     against: Figures | None
+    compiled: "Row | None" = None
+    compile_seconds: Mapping[str, float] | None = None
 
     def ratios(self) -> dict[str, Quotient]:
         """Return the figures of the model divided by those of the other one; nothing without one."""
@@ -109,11 +120,16 @@ class Row:
             for side, figures in sides.items()
         }
         ratios = {name: ratio.to_dict() for name, ratio in self.ratios().items()}
-        return {**asdict(self.setting), **measured, "ratio": ratios or None}
+        found = {**asdict(self.setting), **measured, "ratio": ratios or None}
+        if self.compiled is None:
+            return found
+        whole = self.compiled.to_dict()
+        same = {key: whole[key] for key in ("model", "against", "ratio")}
+        return found | {"compiled": same | {"compile_seconds": dict(self.compile_seconds or {})}}
 
 
 @dataclass(frozen=True, slots=True)
-class Speed:
+class Speed(Shown):
     """How fast a model is, alone or against another one."""
 
     model: Subject
@@ -145,7 +161,7 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSpeeds:
+class LayerSpeeds(Shown):
     """How long single linear maps take, dense and in low-rank forms."""
 
     source: str

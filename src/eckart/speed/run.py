@@ -10,12 +10,12 @@ import huggingface_hub
 import torch
 from torch import Tensor, nn
 
-from .. import api, environment, hub, models
+from .. import api, environment, fusing, hub, models
 from ..adapt import loading
 from ..errors import ConfigError, ModelError
 from ..losses import dtype_of
 from ..stages import Watch
-from . import alone, decoding, layers, shapes
+from . import alone, compiled, decoding, layers, shapes
 from .decoding import Pass
 from .layers import Shape
 from .options import KEEP, LAYER_TOKENS, LayerOptions, Options, Rounds, Setting, numbers
@@ -36,6 +36,8 @@ def bench(
     loads: int = 3,
     threads: int | None = None,
     seed: int = 0,
+    compile: bool = False,
+    fuse: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -55,6 +57,9 @@ def bench(
             Models that are given in memory are not.
         threads: of the CPU; default: as torch has it.
         seed: of the token ids.
+        compile: run the models under torch.compile as well, with static caches, in the same rounds; how long
+            compiling took is a figure of its own. It is done anew for every setting.
+        fuse: fuse low-rank models first (eckart.fuse); those given in memory stay fused.
         dtype: to compute in; default: float32 on a CPU, else as stored.
         device: cuda, mps, cpu; default: the first that is there.
         trust_remote_code: run code that the models bring.
@@ -62,12 +67,12 @@ def bench(
 
     Raises:
         ConfigError: a number is too small, or there are fewer positions than prompt and new tokens need.
-        ModelError: a model cannot be loaded, or does not decode with a cache.
+        ModelError: a model cannot be loaded, does not decode with a cache, or (`compile`) not compile.
         NotFinite: a logit is NaN or infinite.
     """
     rounds = Rounds(runs, warmup, threads)
     sizes = [numbers(given) for given in (prompt_tokens, new_tokens, batch)]
-    options = Options(sizes[0], sizes[1], sizes[2], rounds, loads, seed)
+    options = Options(sizes[0], sizes[1], sizes[2], rounds, loads, seed, compile, fuse)
     given = {"model": model} | ({} if against is None else {"against": against})
     for source in given.values():
         _check(source, options, trust_remote_code)
@@ -84,6 +89,9 @@ def bench(
         found = {
             name: api.loaded(source, None, dtype, device, trust_remote_code) for name, source in given.items()
         }
+        if fuse:
+            for one in found.values():
+                fusing.fuse(one.model)
         rows = measure({name: one.model for name, one in found.items()}, options, watch=watch)
         machine = _machine(found["model"].model.device, dtype_of(found["model"].model), count, busy)
     subjects = {name: _subject(found[name], apart[name]) for name in given}
@@ -123,6 +131,7 @@ def measure(
     *,
     clock: Clock = time.perf_counter,
     watch: Watch | None = None,
+    backend: str = "inductor",
 ) -> list[Row]:
     """Run the models in turn in every setting of `options`.
 
@@ -131,14 +140,17 @@ def measure(
         options: settings and rounds.
         clock: what tells the seconds.
         watch: ("run", rounds done, rounds in all).
+        backend: of torch.compile.
 
     Raises:
         ConfigError: a model has fewer positions than a setting needs.
-        ModelError: a model does not decode with a cache, or makes no tokens.
+        ModelError: a model does not decode with a cache, makes no tokens, or does not compile.
         NotFinite: a logit is NaN or infinite.
     """
     for model in given.values():
         decoding.check_length(model.config, type(model).__name__, options.largest())
+        if options.compiled:
+            compiled.check(model)
     vocabulary = min(models.vocabulary(model) for model in given.values())
     settings, each = options.settings(), options.rounds.warmup + options.rounds.runs
     rows = []
@@ -151,11 +163,41 @@ def measure(
                 models.vocabulary(model),
             )
         tick = partial(_tick, watch, place * each, len(settings) * each)
+        ready = _compiled(given, options, setting, ids, clock, backend)
         tasks = {name: partial(_pass, model, ids, setting, clock) for name, model in given.items()}
+        tasks |= {
+            f"compiled {name}": partial(_compiled_pass, one, ids, setting, clock)
+            for name, one in ready.items()
+        }
         passes = in_turn(tasks, options.rounds, tick)
         figures = {name: _figures(done, setting) for name, done in passes.items()}
-        rows.append(Row(setting, figures["model"], figures.get("against")))
+        rows.append(_row(setting, figures, {name: one.seconds for name, one in ready.items()}))
     return rows
+
+
+def _row(setting: Setting, figures: Mapping[str, Figures], seconds: Mapping[str, float]) -> Row:
+    model, against = figures["model"], figures.get("against")
+    if not seconds:
+        return Row(setting, model, against)
+    inner = Row(setting, figures["compiled model"], figures.get("compiled against"))
+    return Row(setting, model, against, inner, seconds)
+
+
+def _compiled(
+    given: Mapping[str, Any], options: Options, setting: Setting, ids: Tensor, clock: Clock, backend: str
+) -> dict[str, compiled.Compiled]:
+    if not options.compiled:
+        return {}
+    torch.compiler.reset()  # else sizes of other settings would count as so many tries of the same code
+    return {
+        name: compiled.prepare(model, setting, ids, backend=backend, clock=clock)
+        for name, model in given.items()
+    }
+
+
+def _compiled_pass(one: compiled.Compiled, ids: Tensor, setting: Setting, clock: Clock) -> Pass:
+    done = one.greedy(ids, setting.new_tokens, clock)
+    return decoding.check_tokens(done, setting, models.vocabulary(one.model))
 
 
 def _tick(watch: Watch | None, before: int, total: int, done: int, _: int) -> None:
@@ -213,6 +255,7 @@ def bench_layers(
     runs: int = 10,
     warmup: int = 2,
     threads: int | None = None,
+    fuse: bool = False,
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
@@ -230,6 +273,8 @@ def bench_layers(
         shape: others to time as well, (m, n) or "4096x14336": outputs by inputs.
         tokens: how many at once, one or several.
         runs, warmup, threads: as in `bench`.
+        fuse: time low-rank forms as eckart.fuse makes them, too: run as their products alone, and, where
+            pivots are folded, without putting outputs in order.
         dtype: of weights and inputs; default: float32 on a CPU, else as the model is stored, or float32.
         device: cuda, mps, cpu; default: the first that is there.
         trust_remote_code: run code that the model brings.
@@ -240,7 +285,7 @@ def bench_layers(
         ModelError: the config cannot be read, the blocks hold matrices that are not understood, or a form
             computes something else than its map on this device.
     """
-    options = LayerOptions(keep, numbers(tokens), Rounds(runs, warmup, threads))
+    options = LayerOptions(keep, numbers(tokens), Rounds(runs, warmup, threads), fuse)
     asked = {shapes.parse(one) if isinstance(one, str) else one: 0 for one in shape}
     own = {} if model is None else shapes.of_model(model, trust_remote_code=trust_remote_code)
     if not own and not asked:

@@ -20,7 +20,7 @@ from .. import (
     mend,
     modelcard,
     models,
-    pipeline,
+    planning,
     plugin,
     report,
     selection,
@@ -55,12 +55,20 @@ def check(recipe: Recipe) -> None:
         "heal": recipe.heal is not None,
         "stock": recipe.stock,
         "depth": recipe.depth,
+        "share_inputs": recipe.share_inputs,
         "correction": recipe.correction is not None,
         f"split {recipe.split!r}": recipe.split != "none",
         "form 'shared'": method.form == "shared",
+        "max_ppl_increase": recipe.max_ppl_increase is not None,
         "form 'width'": method.form == "width",
         f"method {recipe.method!r}": method.target == "anchored",
     }
+    if recipe.timed and (recipe.times is None or not Path(recipe.times).exists()):
+        raise ConfigError(
+            "a plan in time within memory needs its table of times in a file, so that an interrupted run "
+            f"goes on to the same plan, and there is none at {recipe.times}: give times, and make the file "
+            "by the same command with --dry-run, without memory"
+        )
     found = [name for name, asked in unfit.items() if asked]
     if found:
         raise ConfigError(
@@ -116,7 +124,7 @@ def compress_to(
             recipe, team, place, Path(work) if work else work_folder(out), parse_size(memory), run
         )
     found, choices = _chosen(job, run)
-    dtype = pipeline.output_dtype(recipe, job.stored)
+    dtype = planning.output_dtype(recipe, job.stored)
     before = replace(sizes(job.stream.model, job.found, dtype), bytes=written)
     after_tracks = _tracks(job, "after")
     with run.stage("write") as progress:
@@ -150,15 +158,17 @@ def _job(
     stored = hub.stored_dtype(recipe.model, trust_remote_code=remote)
     model = skeleton(recipe.model, hub.compute_dtype(stored, place), trust_remote_code=remote)
     shards = Shards(model, folder)
-    written = written_bytes(model, pipeline.output_dtype(recipe, stored))
+    written = written_bytes(model, planning.output_dtype(recipe, stored))
     for name in models.block_names(model):
         kinds.unfold(model.get_submodule(name))
     tokenizer = hub.load_tokenizer(recipe.model, trust_remote_code=remote)
     texts = Texts.of(windows.read(recipe, tokenizer, run.warnings))
     measure.check_length(model, recipe.seq_len)
-    found = pipeline.targets_of(recipe, model)
+    found = planning.targets_of(recipe, model)
     suspected = dimensions.find(model, found) if recipe.resolved_method().narrows else []
-    selection.unseen(recipe, pipeline.limit_of(recipe, model, found, stored), model, found, suspected)
+    times = planning.times_of(recipe, model, found, stored)
+    budget = planning.limit_of(recipe, model, found, stored, times)
+    selection.unseen(recipe, budget, model, found, suspected)
     stream = Stream(model, shards, place)
     if team.rank == 0:
         Work.opened(work, _key(recipe, shards, model, texts, place, team))
@@ -203,7 +213,8 @@ def _chosen(job: Job, run: Run) -> tuple[Decomposed, list[Choice]]:
     run.warnings.extend([*said, *shortages(job.recipe, short)])
     found = Decomposed(kept, job.narrowable, [], {})
     recipe, model = job.recipe, job.stream.model
-    limit = pipeline.limit_of(recipe, model, job.found, job.stored)
+    times = planning.times_of(recipe, model, job.found, job.stored)
+    limit = planning.limit_of(recipe, model, job.found, job.stored, times)
     tried: dict[tuple[Choice, ...], Tensor] = {}
     rates = selection.exchange_rates(recipe, found)
     if len(rates) > 1 and job.texts.trial is not None:

@@ -15,6 +15,8 @@ from ..width import Narrowing
 from .work import Work
 
 _FACTORS, _CURVES = "parts", "curves"
+_TURNED = "|turned"
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,7 @@ class Kept:
         unit: what turns its squared errors into loss per token.
         curve: estimated losses of every rank or width (k + 1,), None where there is nothing to choose.
         noise: what rounding costs, in loss per token.
+        place: the device that the factors come to.
     """
 
     work: Work
@@ -34,6 +37,7 @@ class Kept:
     unit: float
     curve: Tensor | None
     noise: Noise | None
+    place: torch.device = _CPU
 
     @property
     def decomposed(self) -> bool:
@@ -43,7 +47,7 @@ class Kept:
     @property
     def found(self) -> Found | None:
         """Return the decomposition itself, from its file."""
-        return None if self.curve is None else _unpacked(self.work, self.name)
+        return None if self.curve is None else _unpacked(self.work, self.name, self.place)
 
     @property
     def svd(self) -> WeightedSVD:
@@ -69,8 +73,10 @@ class Kept:
         return self.noise
 
 
-def keep_factors(work: Work, name: str, part: Part) -> None:
-    """Write the factors of `part`, in float32: its file is half as large, and outputs are no wider.
+def keep_factors(work: Work, name: str, part: Part, precision: torch.dtype = torch.float32) -> None:
+    """Write the factors of `part` in `precision`: float32 halves the file, and outputs are no wider.
+
+    What lies by columns in memory does so again when it is read: products of it have the same bits.
 
     Raises:
         StoreError: they cannot be written.
@@ -82,11 +88,15 @@ def keep_factors(work: Work, name: str, part: Part) -> None:
     if isinstance(found, ValueNarrowing):
         inner = {f"narrowing.{key}": getattr(found.narrowing, key) for key in _FIELDS[Narrowing]}
         tensors = {"basis": found.basis, **inner}
-    narrowed = {
-        key: tensor.float() if tensor.ndim == 2 and tensor.is_floating_point() else tensor
-        for key, tensor in tensors.items()
-    }
-    work.write_tensors(f"{_FACTORS}/{name}", narrowed, {"kind": type(found).__name__})
+    packed: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        own = tensor.to(precision) if tensor.ndim == 2 and tensor.is_floating_point() else tensor
+        packed |= {f"{key}{_TURNED}": own.T} if _by_columns(own) else {key: own}
+    work.write_tensors(f"{_FACTORS}/{name}", packed, {"kind": type(found).__name__})
+
+
+def _by_columns(tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and not tensor.is_contiguous() and tensor.T.is_contiguous()
 
 
 def without_factors(work: Work, name: str, part: Part) -> Kept:
@@ -110,7 +120,9 @@ def curves_kept(work: Work, step: str) -> bool:
     return work.has(f"{_CURVES}/{step}.safetensors")
 
 
-def kept(work: Work, steps: Sequence[str]) -> tuple[dict[str, Kept], dict[str, int], list[str]]:
+def kept(
+    work: Work, steps: Sequence[str], place: torch.device = _CPU
+) -> tuple[dict[str, Kept], dict[str, int], list[str]]:
     """Return the decompositions of the finished `steps` by name, what moments lack tokens, and warnings.
 
     Raises:
@@ -128,7 +140,7 @@ def kept(work: Work, steps: Sequence[str]) -> tuple[dict[str, Kept], dict[str, i
             start = f"{name}|"
             own = {key.removeprefix(start): t for key, t in tensors.items() if key.startswith(start)}
             noise = Noise(float(own["noise"]), own.get("noise_low_rank")) if "noise" in own else None
-            found[name] = Kept(work, name, float(own["unit"]), own.get("curve"), noise)
+            found[name] = Kept(work, name, float(own["unit"]), own.get("curve"), noise, place)
     return found, short, warnings
 
 
@@ -152,9 +164,12 @@ _FIELDS: dict[type, tuple[str, ...]] = {
 }
 
 
-def _unpacked(work: Work, name: str) -> Found:
+def _unpacked(work: Work, name: str, place: torch.device) -> Found:
     tensors, metadata = work.read_tensors(f"{_FACTORS}/{name}")
-    wide = {key: value.double() if value.is_floating_point() else value for key, value in tensors.items()}
+    wide: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        own = (tensor.double() if tensor.is_floating_point() else tensor).to(place)
+        wide[key.removesuffix(_TURNED)] = own.T if key.endswith(_TURNED) else own
     kind = {made.__name__: made for made in _FIELDS}[metadata["kind"]]
     if kind is ValueNarrowing:
         inner = Narrowing(**{key: wide[f"narrowing.{key}"] for key in _FIELDS[Narrowing]})

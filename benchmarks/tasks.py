@@ -65,7 +65,11 @@ def bigbench_rows(path: Path) -> Iterator[dict[str, Any]]:
         if len(choices) < 2 or sorted(scores.values())[-2:] == [1, 1] or max(scores.values()) != 1:
             continue
         question = f"{task.get('task_prefix', '')}{prefix} {example['input']}\n{answer}".strip()
-        yield {"question": question, "choices": choices, "target": choices.index(max(scores, key=scores.get))}
+        yield {
+            "question": question,
+            "choices": choices,
+            "target": choices.index(max(choices, key=lambda one: scores[one])),
+        }
 
 
 def sst2_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from eckart import terminal
@@ -60,8 +61,14 @@ SHOWING: dict[str, tuple[Any, ...]] = {
     "spectrum": ("spectrum", "dense", "--text", "text.txt", *READ),
     "bench": ("bench", "dense", "--against", "compressed", "--runs", 3, "--warmup", 1, "--loads", 0,
               "--prompt-tokens", 4, "--new-tokens", 2),
-    "bench of layers": ("bench", "dense", "--layers", "--runs", 3, "--warmup", 1, "--layer-tokens", 1),
     "push": ("push", "compressed", "owner/name", "--dry-run"),
+    "curve": ("curve", "dense", "--text", "text.txt", *READ, "--points", 3, "--measure", "0.8", "--cache",
+              "kept", "--eval-tokens", 256),
+    "sweep": ("sweep", "dense", "--text", "text.txt", *READ, "--out", "swept", "--methods", "svd", "--keeps",
+              "0.8",
+              "--eval-tokens", 256, "--cache", "kept"),
+    "cache": ("cache", "--cache", "kept"),
+    "compare": ("compare", "dense", "compressed", "--text", "text.txt", *EVALUATE, "--new-tokens", 2),
 }  # fmt: skip
 
 
@@ -95,7 +102,7 @@ def run_all(root: Path, dense: Path, text: Path, tokenizer: Any) -> Commanded:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
 
-        class Recorder(terminal.Console):
+        class Recorder(Console):
             def print(self, *what: Any, **options: Any) -> None:
                 if self.stderr:
                     super().print(*what, **options)

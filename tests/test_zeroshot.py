@@ -52,7 +52,8 @@ def test_the_paired_error_is_that_of_independent_ones_less_twice_the_covariance(
     gained, lost = found.gained or 0, found.lost or 0
     assert found.difference == pytest.approx((gained - lost) / n)
     backwards = paired(other, own)
-    assert (backwards.difference, backwards.p) == (pytest.approx(-found.difference), found.p)
+    assert backwards.difference == pytest.approx(-found.difference)
+    assert backwards.p == found.p
 
 
 @given(st.integers(0, 30), st.integers(0, 30))
@@ -256,6 +257,7 @@ def test_the_command_prints_tasks_beside_perplexity_and_records_them(
 @pytest.mark.usefixtures("cache")
 def test_wrong_tasks_and_options_are_named(llama_folder: Path, task_folder: Path, tmp_path: Path) -> None:
     model, tokenizer = reload(llama_folder), reload_tokenizer(llama_folder)
+    options: dict[str, Any]
     for wanted, options, message in (
         (["tiny_frist"], {}, r"no task 'tiny_frist': did you mean tiny_first"),
         ([], {}, "no tasks: name one"),
@@ -268,7 +270,7 @@ def test_wrong_tasks_and_options_are_named(llama_folder: Path, task_folder: Path
     with pytest.raises(ConfigError, match="no folder .*nowhere: task_path is a folder"):
         eckart.evaluate(model, tasks=TASKS, tokenizer=tokenizer, task_path=tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="neither text nor tasks"):
-        eckart.evaluate(model, tokenizer=tokenizer)
+        eckart.evaluate(model, tokenizer=tokenizer)  # type: ignore[call-overload]
     gone = yaml.safe_load((task_folder / "first.yaml").read_text())
     gone["dataset_kwargs"] = {"data_files": {"test": str(tmp_path / "gone.jsonl")}}
     (tmp_path / "gone.yaml").write_text(yaml.safe_dump(gone | {"task": "gone"}))

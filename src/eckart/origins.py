@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import DatasetCard, ModelCard, RepoCard, snapshot_download
 
 CARD = "README.md"
@@ -58,7 +59,7 @@ def _card(text: str, kind: type[RepoCard]) -> Any:
     """Return the metadata of a card, None where there are none or they cannot be read."""
     try:
         return kind(text, ignore_metadata_errors=True).data
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, yaml.YAMLError):
         return None
 
 

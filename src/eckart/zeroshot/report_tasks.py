@@ -66,7 +66,7 @@ def _means(results: Sequence[TaskResult], wide: bool) -> Rows:
         known = [chance for chance in chances if chance is not None]
         chance = _percent(sum(known) / len(known)) if known and len(known) == len(chances) else ""
         own = of_tasks([result.scores[metric] for result in results])
-        row = ("mean of the tasks", count, metric, chance, *_own(own))
+        row: tuple[str, ...] = ("mean of the tasks", count, metric, chance, *_own(own))
         if wide:
             row += _mean_against(results, metric)
         found.append(row)

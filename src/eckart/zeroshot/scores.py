@@ -79,7 +79,7 @@ def mcnemar(gained: int, lost: int) -> float:
     for heads in range(min(gained, lost) + 1):
         tail += term
         term = term * (total - heads) // (heads + 1)
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, float(2 * tail / 2**total))
 
 
 def paired(own: Sequence[float], other: Sequence[float]) -> Paired:

@@ -257,14 +257,14 @@ def test_the_command_prints_tasks_beside_perplexity_and_records_them(
 @pytest.mark.usefixtures("cache")
 def test_wrong_tasks_and_options_are_named(llama_folder: Path, task_folder: Path, tmp_path: Path) -> None:
     model, tokenizer = reload(llama_folder), reload_tokenizer(llama_folder)
-    options: dict[str, Any]
-    for wanted, options, message in (
+    cases: list[tuple[list[str], dict[str, Any], str]] = [
         (["tiny_frist"], {}, r"no task 'tiny_frist': did you mean tiny_first"),
         ([], {}, "no tasks: name one"),
         (TASKS, {"limit": 0}, "limit 0: must be at least 1"),
         (TASKS, {"batch": 0}, "batch 0: must be at least 1"),
         (TASKS, {"shots": -1}, "shots -1: must be at least 0"),
-    ):
+    ]
+    for wanted, options, message in cases:
         with pytest.raises(ConfigError, match=message):
             eckart.evaluate(model, tasks=wanted, tokenizer=tokenizer, task_path=task_folder, **options)
     with pytest.raises(ConfigError, match="no folder .*nowhere: task_path is a folder"):

@@ -102,3 +102,13 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 assert hub.DTYPES  # eckart is imported, so its quantizer is registered
+
+
+@pytest.fixture(scope="session")
+def commanded(
+    tmp_path_factory: pytest.TempPathFactory, llama_folder: Path, text_file: Path, tokenizer: Any
+) -> Any:
+    """Every command, run once (tests.commanded)."""
+    from . import commanded as commands
+
+    return commands.run_all(tmp_path_factory.mktemp("commands"), llama_folder, text_file, tokenizer)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -369,7 +370,8 @@ def test_what_is_written_says_what_was_done(saved: Callable[..., Path], tmp_path
     assert report["file_bytes"] == done.file_bytes
     assert report["parameters"] == adapter.parameters == store.read(tmp_path / "out").parameters
     card = (tmp_path / "out" / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: peft\nbase_model: base\n")
+    data = ModelCard(card).data
+    assert (data.library_name, data.base_model, data.base_model_relation) == ("peft", "base", "adapter")
     assert "rank at most 2" in card
     assert store.read(tmp_path / "out").base == str(base)
 

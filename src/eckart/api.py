@@ -12,14 +12,13 @@ from . import (
     hub,
     losses,
     mend,
+    modelcard,
     models,
     pipeline,
     points,
     quantising,
     recipe,
-    report,
-    report_healing,
-    report_sharing,
+    report_written,
     running,
     tasks,
 )  # fmt: skip
@@ -27,7 +26,7 @@ from .adapt import loading
 from .batches import Call, Key
 from .errors import ConfigError, ModelError
 from .healing import Healing
-from .joined import Joined, Tied
+from .joined import Tied
 from .latency import Objective
 from .methods import Allocation, Shape
 from .objectives import Loss
@@ -327,11 +326,13 @@ def save(
     result: Result | Healed | Tied | None = None,
     *,
     source: str | Path | None = None,
+    text_licence: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a model as a new folder, with card, recipe and report when there is a result.
 
-    `source` is the folder that was healed, tied or untied, whose card and report go along.
+    `source` is the folder that was healed, tied or untied, whose card and report go along; `text_licence` is
+    that of the texts that were used, for the card.
 
     Raises:
         StoreError: `out` exists (and `overwrite` is not given, or it is not a model folder).
@@ -340,17 +341,9 @@ def save(
     with hub.new_folder(out, overwrite) as folder:
         with fusing.unfused(model):
             hub.write(folder, model, tokenizer)
-        texts: dict[str, str] = {}
-        if isinstance(result, Healed):
-            texts = report_healing.documents(result, *report_healing.known(source))
-        elif isinstance(result, Tied):
-            texts = report_sharing.tied_documents(result, *report_healing.known(source))
-        elif result is not None:
-            measured = result.with_file_bytes(hub.weight_bytes(folder))
-            shown = report_sharing.documents if isinstance(measured, Joined) else report.documents
-            texts = shown(measured, out.name)  # type: ignore[arg-type]
-        for name, content in texts.items():
-            (folder / name).write_text(content, encoding="utf-8")
+        if result is not None:
+            documents, facts = report_written.told(result, folder, source, text_licence)
+            modelcard.write(folder, out.name, documents, facts)
     return out
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +12,16 @@ from . import (
     __version__,
     api,
     commands_curve,
+    commands_eval,
     commands_export,
     commands_heal,
     commands_params,
+    commands_push,
     commands_quantise,
     commands_report,
     commands_share,
     commands_spectrum,
     commands_sweep,
-    evaluating,
     hub,
     pipeline,
     planning,
@@ -44,6 +45,7 @@ from .speed import commands_bench
 from .streaming import execute
 from .tasks import TASKS
 from .terminal import (
+    EXIT_CODES,
     AsJson,
     Bos,
     DataSources,
@@ -69,6 +71,7 @@ from .terminal import (
     SeqLen,
     Sources,
     Storage,
+    TextLicence,
     Times,
     Tokens,
     Workload,
@@ -84,6 +87,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Find the low-rank structure of a language model and shrink the model by it.",
+    epilog=EXIT_CODES,
 )
 
 
@@ -195,6 +199,7 @@ def compress(
         str | None,
         typer.Option(help="Go block by block, from weight files to weight files, within e.g. 6GB."),
     ] = None,
+    text_licence: TextLicence = None,
     html: Page = None,
     overwrite: Overwrite = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
@@ -233,11 +238,12 @@ def compress(
             check_new(html, overwrite, "--html")
         resolved.check_text()
         if memory is not None:
-            result = _stream(resolved, out, memory, overwrite)
+            result = _stream(resolved, out, memory, text_licence, overwrite)
         else:
             result = _run(
-                resolved, out, overwrite, Ward(work_folder(out), cache), shelf_to_read(cache, no_cache)
-            )
+                resolved, out, text_licence, overwrite, Ward(work_folder(out), cache),
+                shelf_to_read(cache, no_cache),
+            )  # fmt: skip
         if not is_main():
             return
         if html is not None:
@@ -269,53 +275,29 @@ def _kept_in(out: Path, memory: str | None) -> Path:
     return work_folder(out) if memory is None else execute.work_folder(out)
 
 
-def _stream(resolved: Recipe, out: Path, memory: str, overwrite: bool) -> Result:
+def _stream(resolved: Recipe, out: Path, memory: str, text_licence: str | None, overwrite: bool) -> Result:
     with Bars() as bars:
-        return execute.compress_to(resolved, out, memory=memory, overwrite=overwrite, watch=bars.watch)
+        return execute.compress_to(
+            resolved, out, memory=memory, text_licence=text_licence, overwrite=overwrite, watch=bars.watch
+        )
 
 
-def _run(resolved: Recipe, out: Path, overwrite: bool, ward: Ward, shelf: Shelf | None) -> Result:
+def _run(
+    resolved: Recipe, out: Path, text_licence: str | None, overwrite: bool, ward: Ward, shelf: Shelf | None
+) -> Result:
     with Bars() as bars:
         bars.watch("load", 0, 1)
         loaded = pipeline.load_for(resolved)
         model, result = points.compress(resolved, loaded, bars.watch, ward=ward, shelf=shelf)
         bars.watch("write", 0, 1)
-        api.save(model, loaded.tokenizer, out, result, overwrite=overwrite)
+        api.save(model, loaded.tokenizer, out, result, text_licence=text_licence, overwrite=overwrite)
         bars.watch("write", 1, 1)
     shutil.rmtree(work_folder(out), ignore_errors=True)
     return result.with_file_bytes(hub.weight_bytes(out))
 
 
-@app.command("eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, folder (compressed or not) or .gguf file.")],
-    text: Annotated[list[str], typer.Option("--text", help="Text: a file, a .jsonl, or a datasets id.")],
-    tokens: Annotated[int, typer.Option(help="Tokens from the start of the text.")] = 24_576,
-    seq_len: Annotated[int, typer.Option(help="Window length.")] = 512,
-    against: Annotated[str | None, typer.Option(help="A model to compare with.")] = None,
-    bos: Bos = False,
-    dtype: Annotated[str | None, typer.Option(help="To compute in; default: float32 on a CPU.")] = None,
-    device: Device = None,
-    trust_remote_code: Remote = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure perplexity, and how far a model is from another."""
-    with failures():
-        options: dict[str, Any] = {
-            "tokens": tokens, "seq_len": seq_len, "bos": bos, "dtype": dtype, "device": device,
-            "against": against, "trust_remote_code": trust_remote_code,
-        }  # fmt: skip
-        with Bars() as bars:
-            bars.watch("load", 0, 1)
-            found = evaluating.evaluate(
-                model, text, watch=lambda done, total: bars.watch("evaluate", done, total), **options
-            )
-        if as_json:
-            print(render.to_json({"model": model, "text": text, **options, "result": asdict(found)}))
-        else:
-            show(report.evaluation_table(model, found, against), as_json=False)
-
-
+commands_eval.register(app)
+commands_push.register(app)
 commands_tune.register(app)
 commands_adapters.register(app)
 commands_params.register(app)

@@ -19,6 +19,7 @@ from .terminal import (
     Precision,
     Remote,
     SeqLen,
+    TextLicence,
     failures,
     show,
     work_folder,
@@ -85,6 +86,7 @@ def heal(
     dtype: Annotated[str | None, typer.Option(help="Of the output; default: as stored.")] = None,
     device: Device = None,
     trust_remote_code: Remote = False,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -111,7 +113,9 @@ def heal(
             if not is_main():
                 return
             tokenizer = hub.load_tokenizer(model, trust_remote_code=remote)
-            api.save(found, tokenizer, out, done, source=model, overwrite=overwrite)
+            api.save(
+                found, tokenizer, out, done, source=model, text_licence=text_licence, overwrite=overwrite
+            )
         shutil.rmtree(work_folder(out), ignore_errors=True)
         show(render.to_json(done.to_dict()) if as_json else done, as_json)
         if not as_json:

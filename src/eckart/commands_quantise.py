@@ -23,6 +23,7 @@ from .terminal import (
     SeqLen,
     Sources,
     Storage,
+    TextLicence,
     Tokens,
     failures,
     show,
@@ -62,6 +63,7 @@ def quantise(
     dtype: Annotated[str | None, typer.Option(help="Of what is not stored in few bits.")] = None,
     device: Device = None,
     trust_remote_code: Remote = None,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -84,7 +86,7 @@ def quantise(
             loaded = api.loaded_for(resolved)
             small, result = quantising.quantise(resolved, loaded, bars.watch)
             bars.watch("write", 0, 1)
-            api.save(small, loaded.tokenizer, out, result, overwrite=overwrite)
+            api.save(small, loaded.tokenizer, out, result, text_licence=text_licence, overwrite=overwrite)
             bars.watch("write", 1, 1)
         result = result.with_file_bytes(hub.weight_bytes(out))
         show(render.to_json(result.to_dict()) if as_json else result, as_json)

@@ -23,6 +23,7 @@ from .terminal import (
     Seed,
     SeqLen,
     Sources,
+    TextLicence,
     Tokens,
     failures,
     show,
@@ -68,6 +69,7 @@ def share(
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: Remote = None,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,7 +84,7 @@ def share(
             trust_remote_code=trust_remote_code, watch=watch,
         )  # fmt: skip
 
-    _write(make, model, out, trust_remote_code, overwrite, as_json)
+    _write(make, model, out, trust_remote_code, text_licence, overwrite, as_json)
 
 
 def tie(
@@ -100,6 +102,7 @@ def tie(
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: Remote = None,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -112,7 +115,7 @@ def tie(
             bos=bos, dtype=dtype, device=device, trust_remote_code=trust_remote_code, watch=watch,
         )  # fmt: skip
 
-    _write(make, model, out, trust_remote_code, overwrite, as_json)
+    _write(make, model, out, trust_remote_code, text_licence, overwrite, as_json)
 
 
 def untie(
@@ -128,7 +131,7 @@ def untie(
     def make(watch: Watch) -> Any:
         return api_sharing.untie(model, device=device, trust_remote_code=trust_remote_code)
 
-    _write(make, model, out, trust_remote_code, overwrite, as_json)
+    _write(make, model, out, trust_remote_code, None, overwrite, as_json)
 
 
 def _write(
@@ -136,6 +139,7 @@ def _write(
     source: str,
     out: Path,
     trust_remote_code: bool | None,
+    text_licence: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -147,7 +151,9 @@ def _write(
             model, found = make(bars.watch)
             bars.watch("write", 0, 1)
             tokenizer = hub.load_tokenizer(source, trust_remote_code=bool(trust_remote_code))
-            api.save(model, tokenizer, out, found, source=source, overwrite=overwrite)
+            api.save(
+                model, tokenizer, out, found, source=source, text_licence=text_licence, overwrite=overwrite
+            )
             bars.watch("write", 1, 1)
         done = found.with_file_bytes(hub.weight_bytes(out)) if isinstance(found, Joined) else found
         show(render.to_json(done.to_dict()) if as_json else done, as_json)

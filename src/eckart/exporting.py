@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import hub, models, plugin, render, stores, tasks
+from . import hub, modelcard, models, plugin, render, report_healing, stores, tasks
 from .errors import ConfigError, ModelError
 from .exports import write
 from .exports.options import STORAGES, Form
 from .exports.result import EngineExport
 from .losses import dtype_of
+from .modelcard import Facts
 from .stages import Watch, silent
 
 if TYPE_CHECKING:
@@ -139,6 +140,7 @@ def _export_dense(
 ) -> Exported:
     wanted = None if dtype is None else hub.dtype(dtype)
     hub.check_output(out, overwrite, source)
+    known = report_healing.known(source)
     watch("load", 0, 1)
     loaded = hub.load(source, task=tasks.AUTO, compute=torch.float32, trust_remote_code=trust_remote_code)
     model = loaded.model
@@ -160,26 +162,25 @@ def _export_dense(
             dtype=str(dtype_of(model)).removeprefix("torch."),
             difference=difference,
         )
-        (folder / "README.md").write_text(_card(found, out.name), encoding="utf-8")
+        report = known | {"exported": found.to_dict()}
+        documents = {"README.md": _card(found), "eckart.json": render.to_json(report)}
+        modelcard.write(folder, out.name, documents, _facts(found, loaded.task))
     watch("write", 1, 1)
     return found
 
 
-def _card(found: Exported, folder: str) -> str:
-    table = render.markdown_table(("", "before", "after"), found.rows())
-    return f"""---
-library_name: transformers
----
-# {folder}
+def _card(found: Exported) -> str:
+    return f"## Exported\n\n{render.markdown_table(('', 'before', 'after'), found.rows())}\n"
 
-{Path(found.source).name}, compressed by eckart, as an ordinary model of the original architecture: factors
-are multiplied out, weights taken out of few bits. It computes the same and loads without eckart; what
-compression saved is gone.
 
-{table}
-
-The licence and terms of the base model apply.
-"""
+def _facts(found: Exported, task: str) -> Facts:
+    name = Path(found.source).name if Path(found.source).exists() else found.source
+    summary = (
+        f"{name}, compressed by eckart, as an ordinary model of the original architecture: factors are "
+        "multiplied out, weights taken out of few bits. It computes the same and loads without eckart; what "
+        "compression saved is gone."
+    )
+    return Facts(summary, (found.source,), task=task, continued=True)
 
 
 @torch.no_grad()

@@ -49,6 +49,7 @@ class Tied(Shown):
         saved: the bytes that v x d parameters take, in `dtype`; negative where they are added.
         error: the weighted squared error of the fit, in nats per token where `method` has gradients, for
             embeddings and head; None where nothing was fitted.
+        texts: (source, what for) of the texts that were used.
         dense, compressed: the loss before and after, on text that nothing was fitted to.
     """
 
@@ -63,6 +64,7 @@ class Tied(Shown):
     error: tuple[float, float] | None = None
     dense: Measured | None = None
     compressed: Measured | None = None
+    texts: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain JSON values."""

@@ -60,6 +60,12 @@ class Lessons:
     held_out: Tensor
 
 
+def learned(sources: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Return (name, "healing") of the texts among `sources`, without weights and what a teacher writes."""
+    names = [parse(source).name for source in sources]
+    return tuple((name, "healing") for name in names if name != SELF)
+
+
 def read(
     sources: Sequence[str],
     healing: Healing,

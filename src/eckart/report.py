@@ -1,24 +1,28 @@
 """Show a plan, a result or an evaluation: rich tables, Markdown model card, JSON. Pure rendering."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from . import environment, report_healing, tasks
+from . import environment, report_healing
 from .choices import Choice
 from .hub import DTYPES
 from .measure import Comparison, Perplexity
+from .modelcard import ACCURACY, Facts, Figure, perplexity_figure
 from .planning import Plan
 from .quant import storage
 from .recipe import FLOAT, Recipe, to_yaml
 from .render import markdown_table, table, to_json
-from .report_quality import calibration_line, not_measured, quality_remarks, quality_rows
+from .report_quality import calibration_line, figures_of, quality_remarks, quality_rows, texts_of
 from .report_search import search_table
 from .report_sizes import mb, share, size_rows
 from .result import Module, Result
+from .zeroshot import report_tasks
+from .zeroshot.evaluated import Evaluated
 
 _MODULES_SHOWN = 8
 _SHORTEST = 0.05
@@ -168,22 +172,29 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
+_PERPLEXITY = ("model", "perplexity", "loss", "standard error")
+
+
 def evaluation_table(name: str, found: Perplexity | Comparison, against: str | None) -> RenderableType:
     """Return an evaluation as a table."""
     own = found.model if isinstance(found, Comparison) else found
     rows = [_perplexity_row(name, own)]
     if isinstance(found, Comparison):
         rows.append(_perplexity_row(against or "reference", found.reference))
-    protocol = f"{own.predicted:,} tokens predicted in {own.windows} windows of {own.seq_len}, {own.dtype}"
-    found_rows = table(protocol, ("model", "perplexity", "loss", "standard error"), rows)
-    if not isinstance(found, Comparison):
-        return found_rows
+    found_rows = table(_protocol(own), _PERPLEXITY, rows)
+    return Group(found_rows, Text(_comparison_line(found))) if isinstance(found, Comparison) else found_rows
+
+
+def _protocol(own: Perplexity) -> str:
+    return f"{own.predicted:,} tokens predicted in {own.windows} windows of {own.seq_len}, {own.dtype}"
+
+
+def _comparison_line(found: Comparison) -> str:
     error = "" if found.standard_error is None else f" +- {found.standard_error:.4f} (paired)"
-    line = (
+    return (
         f"loss minus that of the reference {found.difference:+.4f}{error}, "
         f"KL(reference || model) {found.kl:.4f} nats per token, top-1 agreement {found.agreement:.1%}"
     )
-    return Group(found_rows, Text(line))
 
 
 def _perplexity_row(name: str, found: Perplexity) -> tuple[str, str, str, str]:
@@ -191,8 +202,8 @@ def _perplexity_row(name: str, found: Perplexity) -> tuple[str, str, str, str]:
     return name, f"{found.perplexity:.3f}", f"{found.loss:.4f}", error
 
 
-def model_card(result: Result, folder: str) -> str:
-    """Return README.md for the output folder."""
+def model_card(result: Result) -> str:
+    """Return what the model card of the output says of what was done, in Markdown."""
     rows = [*size_rows(result), *_time_rows(result), *quality_rows(result)]
     smallest = sorted(result.modules, key=lambda module: module.after / module.before)[:_MODULES_SHOWN]
     modules = [
@@ -200,7 +211,8 @@ def model_card(result: Result, folder: str) -> str:
         for m in smallest
     ]
     notes = "\n".join(f"- {remark}" for remark in remarks(result))
-    return f"""{_card_head(result, folder)}
+    return f"""## Compressed
+
 {markdown_table(("", "before", "after", "share"), rows)}
 
 {calibration_line(result)}
@@ -209,9 +221,8 @@ Notes:
 
 {notes}
 
-Not measured: anything but {not_measured(result)}. The licence and terms of the base model apply.
+### Matrices that gave most
 
-## Matrices that gave most
 {markdown_table(("module", "shape", "form", "rank", "storage", "share"), modules)}
 
 The full list is in `eckart.json`. To repeat it: `eckart compress MODEL --recipe recipe.yaml --out DIR`, where
@@ -235,34 +246,6 @@ def _healing_section(result: Result) -> str:
     return f"\nHealing, divergence from the dense model in nats per token of held-out text:\n\n{rows}\n"
 
 
-def _card_head(result: Result, folder: str) -> str:
-    version, task = environment.describe()["versions"]["eckart"], tasks.get(result.task)
-    preparation, what = ("AutoTokenizer", "tokenizer") if task.reads_text else ("AutoProcessor", "processor")
-    return f"""---
-library_name: transformers
-pipeline_tag: {task.tag}
-tags: [eckart, low-rank, compressed]
----
-# {folder}
-
-{_name(result.source)} ({result.architecture}), compressed by eckart {version}:
-method `{result.recipe.method}`, {_budget(result)}.
-
-```python
-{_needs_eckart(result)}from transformers import {task.auto}, {preparation}
-
-model = {task.auto}.from_pretrained("{folder}", dtype="auto")
-{what} = {preparation}.from_pretrained("{folder}")
-```
-
-{_what_it_is(result)}
-"""
-
-
-def _needs_eckart(result: Result) -> str:
-    return "" if result.recipe.stock else "import eckart  # pip install eckart\n"
-
-
 def _what_it_is(result: Result) -> str:
     if result.recipe.stock:
         return "It is an ordinary model with narrower layers, and loads without eckart."
@@ -283,10 +266,64 @@ def _name(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
 
 
-def documents(result: Result, folder: str) -> dict[str, str]:
-    """Return the texts that stand beside the weights: card, recipe, machine-readable report."""
+def documents(result: Result) -> dict[str, str]:
+    """Return the texts that stand beside the weights: what was done, recipe, machine-readable report."""
     return {
-        "README.md": model_card(result, folder),
+        "README.md": model_card(result),
         "recipe.yaml": to_yaml(result.recipe),
         "eckart.json": to_json(result.to_dict()),
     }
+
+
+def facts(result: Result, licence: str | None = None) -> Facts:
+    """Return what the model card says beside it; `licence` is that of the texts."""
+    version = environment.describe()["versions"]["eckart"]
+    summary = (
+        f"{_name(result.source)} ({result.architecture}), compressed by eckart {version}: method "
+        f"`{result.recipe.method}`, {_budget(result)}. {_what_it_is(result)}"
+    )
+    return Facts(
+        summary,
+        (result.source,),
+        tags=("low-rank", "compressed"),
+        task=result.task,
+        texts=texts_of(result),
+        licence=licence,
+        figures=figures_of(result),
+        continued=True,
+    )
+
+
+def evaluated_section(found: Evaluated, texts: Sequence[str]) -> str:
+    """Return what a model card says of an evaluation, in Markdown."""
+    parts = []
+    names = ", ".join(_name(text) for text in texts)
+    against = f" against {_name(found.against)}" if found.against else ""
+    if found.language is not None:
+        own = found.language.model if isinstance(found.language, Comparison) else found.language
+        rows = [_perplexity_row("this model", own)]
+        if isinstance(found.language, Comparison):
+            rows.append(_perplexity_row(_name(found.against or "reference"), found.language.reference))
+        parts += [f"Perplexity on {names}, {_protocol(own)}:", markdown_table(_PERPLEXITY, rows)]
+        parts += [_comparison_line(found.language)] if isinstance(found.language, Comparison) else []
+    if found.tasks:
+        parts.append(markdown_table(report_tasks.columns(found.tasks), report_tasks.rows(found.tasks)))
+        parts.append("\n".join(f"- {line}" for line in report_tasks.lines(found.tasks)))
+    return f"## Evaluated{against}\n\n" + "\n\n".join(parts)
+
+
+def evaluated_figures(found: Evaluated, texts: Sequence[str]) -> tuple[Figure, ...]:
+    """Return the figures of an evaluation for the metadata of a model card."""
+    language = found.language
+    own = language.model if isinstance(language, Comparison) else language
+    made = list(perplexity_figure(texts, own, "text"))
+    for task in found.tasks:
+        for metric, score in task.scores.items():
+            protocol = {
+                "harness": "lm_eval", "version": task.model.version, "shots": task.model.shots,
+                "samples": len(task.model.documents), "standard_error": score.standard_error,
+                "chance": task.model.chance,
+            }  # fmt: skip
+            kind = ACCURACY if metric.startswith("acc") else metric
+            made.append(Figure(task.model.task, kind, metric, score.value, protocol))
+    return tuple(made)

@@ -10,6 +10,8 @@ from rich.text import Text
 
 from .healing import Healing, Refined
 from .hub import MB
+from .lessons import learned
+from .modelcard import REPORT, Facts, perplexity_figure
 from .render import markdown_table, table, to_json
 from .result import Healed, Quality
 
@@ -88,22 +90,21 @@ token on the last tenth of the text, which nothing was fitted to.
 """
 
 
-def known(folder: str | Path | None) -> tuple[str, dict[str, Any]]:
-    """Return the model card and the JSON report in `folder`, empty where there is none."""
-    card, values = "", {}
-    if folder is not None and (Path(folder) / "README.md").is_file():
-        card = (Path(folder) / "README.md").read_text(encoding="utf-8")
-    if folder is not None and (Path(folder) / "eckart.json").is_file():
-        values = json.loads((Path(folder) / "eckart.json").read_text(encoding="utf-8"))
-    return card, values
+def known(folder: str | Path | None) -> dict[str, Any]:
+    """Return the JSON report in `folder`, empty where there is none."""
+    report = None if folder is None else Path(folder) / REPORT
+    if report is None or not report.is_file():
+        return {}
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
 
 
-def documents(healed: Healed, card: str, known: Mapping[str, Any]) -> dict[str, str]:
+def documents(healed: Healed, known: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts to stand beside the weights of a healed model.
 
     Args:
         healed: what was done.
-        card, known: model card and JSON report of the folder that was healed; empty where there is none.
+        known: JSON report of the folder that was healed; empty where there is none.
     """
     steps = markdown_table(STEP_COLUMNS, step_rows(healed.steps))
     rows = [
@@ -113,6 +114,25 @@ def documents(healed: Healed, card: str, known: Mapping[str, Any]) -> dict[str, 
     quality = markdown_table(QUALITY_COLUMNS, rows) if rows else "Perplexity was not measured."
     before = [*known.get("healed", []), healed.to_dict()]
     return {
-        "README.md": card.rstrip("\n") + "\n" + card_section(healed, steps, quality),
+        "README.md": card_section(healed, steps, quality),
         "eckart.json": to_json({**known, "healed": before}),
     }
+
+
+def facts(healed: Healed, source: str, licence: str | None = None) -> Facts:
+    """Return what the model card says beside it; `source` is the folder that was healed."""
+    figures = [
+        perplexity_figure([], found.compressed, what)
+        for what, found in (("own text", healed.quality), ("foreign text", healed.foreign))
+        if found is not None
+    ]
+    name = Path(source).name if Path(source).exists() else source
+    return Facts(
+        f"{name}, healed by eckart towards {Path(healed.teacher).name}.",
+        (source,),
+        tags=("low-rank", "compressed"),
+        texts=learned(healed.settings.text),
+        licence=licence,
+        figures=tuple(figure for found in figures for figure in found),
+        continued=True,
+    )

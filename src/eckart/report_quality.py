@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from .lessons import learned
 from .losses import MeasuredLoss
 from .measure import Perplexity
+from .modelcard import Figure, perplexity_figure
 from .result import Result
 
 Row = tuple[str, str, str, str]
@@ -81,9 +83,25 @@ def _loss_remarks(found: MeasuredLoss) -> list[str]:
     return remarks
 
 
-def not_measured(result: Result) -> str:
-    """Return what alone was measured."""
-    return "the loss on a few batches" if isinstance(result.dense, MeasuredLoss) else "perplexity on one text"
+def texts_of(result: Result) -> tuple[tuple[str, str], ...]:
+    """Return (source, what for) of the texts that a compression used."""
+    recipe = result.recipe
+    healing = () if recipe.heal is None or not recipe.heal.text else learned(recipe.heal.text)
+    return (
+        *((source, "calibration") for source in (*recipe.text, *recipe.data)),
+        *healing,
+        *((source, "measuring") for source in (*recipe.eval_text, *recipe.eval_data, *recipe.foreign_text)),
+    )
+
+
+def figures_of(result: Result) -> tuple[Figure, ...]:
+    """Return the figures of the compressed model for the metadata of its card."""
+    held_out = ", ".join(Path(source).name for source in result.recipe.text) + ", its end, left out above"
+    sources = () if result.held_out else result.recipe.eval_text
+    found = perplexity_figure(sources, result.compressed, held_out)
+    if result.foreign is not None:
+        found += perplexity_figure(result.recipe.foreign_text, result.foreign.compressed, "foreign text")
+    return found
 
 
 def calibration_line(result: Result) -> str:

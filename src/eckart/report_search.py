@@ -2,9 +2,7 @@
 
 import math
 
-from rich.table import Table
-
-from .render import table
+from .render import Rows, table
 from .result import Search
 
 COLUMNS = ("keep", "predicted loss", "corrected", "measured", "perplexity", "against dense", "")
@@ -32,7 +30,7 @@ def search_rows(found: Search) -> list[tuple[str, ...]]:
     ]  # fmt: skip
 
 
-def search_table(found: Search) -> Table:
+def search_table(found: Search) -> Rows:
     """Return the steps of a search, in order."""
     title = (
         f"the smallest keep within {100 * found.limit:g} % of the dense model's perplexity, in steps of "

@@ -9,8 +9,9 @@ from rich.text import Text
 from . import environment
 from .hub import DTYPES, MB
 from .joined import Joined, Tied
+from .modelcard import QUANTISED, Facts, perplexity_figure
 from .render import markdown_table, table, to_json
-from .report_quality import calibration_line, not_measured, quality_remarks, quality_rows
+from .report_quality import calibration_line, figures_of, quality_remarks, quality_rows, texts_of
 from .report_sizes import size_rows
 
 GROUP_COLUMNS = ("blocks", "matrices", "parameters before", "after", "share", "energy kept", "estimated loss")
@@ -86,30 +87,13 @@ def _command(result: Joined) -> str:
     return f"eckart share MODEL {' '.join(flags)} --out DIR"
 
 
-def card(result: Joined, folder: str) -> str:
-    """Return README.md for the output folder."""
-    version = environment.describe()["versions"]["eckart"]
+def card(result: Joined) -> str:
+    """Return what the model card of the output says of what was done, in Markdown."""
     notes = "\n".join(f"- {remark}" for remark in remarks(result))
     calibration = f"\n{calibration_line(result)}\n" if result.calibration_tokens else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [eckart, low-rank, compressed, shared]
----
-# {folder}
+    return f"""## Shared
 
-{title(result)} ({result.architecture}), by eckart {version}. What blocks share is stored once and trained
-once; biases and normalisation are their own.
-
-```python
-import eckart  # pip install eckart
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```
-
-`eckart.densify(model)` gives back an ordinary model of the original shape.
+What blocks share is stored once and trained once; biases and normalisation are their own.
 
 {markdown_table(_COLUMNS, [*size_rows(result), *quality_rows(result)])}
 
@@ -119,15 +103,32 @@ Notes:
 
 {notes}
 
-Not measured: anything but {not_measured(result)}. The licence and terms of the base model apply.
-
 To repeat it: `{_command(result)}`; all settings are in `eckart.json`.
 """
 
 
-def documents(result: Joined, folder: str) -> dict[str, str]:
-    """Return the texts that stand beside the weights: card and machine-readable report."""
-    return {"README.md": card(result, folder), "eckart.json": to_json(result.to_dict())}
+def documents(result: Joined) -> dict[str, str]:
+    """Return the texts that stand beside the weights: what was done, and machine-readable report."""
+    return {"README.md": card(result), "eckart.json": to_json(result.to_dict())}
+
+
+def facts(result: Joined, licence: str | None = None) -> Facts:
+    """Return what the model card says beside it; `licence` is that of the texts."""
+    version = environment.describe()["versions"]["eckart"]
+    summary = (
+        f"{title(result)} ({result.architecture}), by eckart {version}. `eckart.densify(model)` gives back "
+        "an ordinary model of the original shape."
+    )
+    return Facts(
+        summary,
+        (result.source,),
+        tags=("low-rank", "compressed", "shared"),
+        task=result.task,
+        texts=texts_of(result),
+        licence=licence,
+        figures=figures_of(result),
+        continued=True,
+    )
 
 
 def tied_rows(found: Tied) -> list[tuple[str, ...]]:
@@ -161,11 +162,23 @@ def tied_table(found: Tied) -> RenderableType:
     return Group(table(f"{found.source}: {head}", (*_COLUMNS[:3], "change"), tied_rows(found)), Text(line))
 
 
-def tied_documents(found: Tied, card: str, known: dict[str, Any]) -> dict[str, str]:
-    """Return the texts that stand beside the weights, given those of the model before; none for its card."""
+def tied_documents(found: Tied, known: dict[str, Any]) -> dict[str, str]:
+    """Return the texts that stand beside the weights, given the report of the model before."""
     rows = markdown_table(("", "before", "after", "change"), tied_rows(found))
-    section = f"\n## Embeddings {found.done}\n\n{rows}\n" if found.done != "nothing" else ""
-    return {
-        "README.md": (card.rstrip("\n") + "\n" if card else f"# {Path(found.source).name}\n") + section,
-        "eckart.json": to_json({**known, "tied": found.to_dict()}),
-    }
+    section = f"## Embeddings {found.done}\n\n{rows}\n" if found.done != "nothing" else ""
+    return {"README.md": section, "eckart.json": to_json({**known, "tied": found.to_dict()})}
+
+
+def tied_facts(found: Tied, source: str, licence: str | None = None) -> Facts:
+    """Return what the model card says beside it; `source` is the model before."""
+    what = {"tied": "one matrix", "untied": "two matrices", "nothing": "as they were"}[found.done]
+    name = Path(source).name if Path(source).exists() else source
+    return Facts(
+        f"{name} with embeddings and output head {what}, by eckart.",
+        (source,),
+        relation=QUANTISED if found.done == "tied" else None,
+        texts=found.texts,
+        licence=licence,
+        figures=perplexity_figure([], found.compressed, "held-out text"),
+        continued=True,
+    )

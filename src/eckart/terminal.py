@@ -12,7 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import ConfigError, EckartError
 
-INTERRUPTED = 130
+DECLINED, REFUSED, INTERRUPTED = 1, 2, 130
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 you said no, or a fault of eckart (with a traceback); 2 refused, with the reason "
+    "on stderr; 130 interrupted."
+)
 
 Model = Annotated[str | None, typer.Argument(help="Hub id, folder or .gguf file.")]
 Sources = Annotated[
@@ -80,6 +84,12 @@ Storage = Annotated[
         "rank. Default: auto with --size, else float."
     ),
 ]
+TextLicence = Annotated[
+    str | None,
+    typer.Option(
+        "--text-licence", help="Of the texts, for the model card; default: what FILE.license or a card says."
+    ),
+]
 Latency = Annotated[
     str | None,
     typer.Option(help="Time of the treated maps instead: a share of the dense, 0.6, or 12ms per token."),
@@ -129,7 +139,7 @@ def failures(work: Path | None = None) -> Iterator[None]:
     try:
         yield
     except EckartError as error:
-        fail(f"error: {error}", 2)
+        fail(f"error: {error}", REFUSED)
     except KeyboardInterrupt:
         if work is not None and work.exists():
             kept = f"the state is kept in {work}, the same command goes on from there"

@@ -129,7 +129,8 @@ def tie(recipe: Recipe, loaded: hub.Loaded, watch: Watch | None = None) -> Tied:
     models.cast(model, dtype)
     method = None if same else recipe.method
     return _result(
-        loaded, "tied", before, dtype, method=method, error=errors, dense=dense, compressed=now
+        loaded, "tied", before, dtype, method=method, error=errors, dense=dense, compressed=now,
+        texts=() if same else tuple((source, "calibration") for source in recipe.text),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from ..hub import MB
 from ..measure import Comparison
+from ..modelcard import ADAPTER, FINETUNE, Facts, perplexity_figure
 from ..render import markdown_table, table, to_json
 from .difference import Changed, Difference
 from .extract import Extracted
@@ -242,80 +243,67 @@ def merged_table(done: Merged) -> RenderableType:
     return Group(*parts, *map(Text, _merged_lines(done)), *_notes(notes), Text(f"time: {done.seconds:.1f} s"))
 
 
-def _head(base: str | None, folder: str) -> str:
-    named = f"base_model: {_name(base)}\n" if base else ""
-    return f"""---
-library_name: peft
-{named}tags: [eckart, lora]
----
-# {folder}
-"""
-
-
 def _bullets(lines: Sequence[str]) -> str:
     return "\n".join(f"- {line}" for line in lines)
-
-
-def _usage(adapter: Adapter, folder: str) -> str:
-    base = _name(adapter.base) if adapter.base else "BASE"
-    quantised = ""
-    if adapter.storage is not None:
-        quantised = "\nThe base must be stored in NF4, as it was when the adapter was trained.\n"
-    return f"""{quantised}
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
-model = PeftModel.from_pretrained(model, "{folder}")
-```
-"""
 
 
 def _with_storage(values: Mapping[str, Any], storage: Nf4 | None) -> dict[str, Any]:
     return {**values} if storage is None else {**values, "base": storage.to_dict()}
 
 
-def extracted_documents(adapter: Adapter, done: Extracted, folder: str) -> dict[str, str]:
-    """Return the texts that stand beside an extracted adapter: card and machine-readable report."""
+def extracted_documents(done: Extracted) -> dict[str, str]:
+    """Return the texts that stand beside an extracted adapter: what was done, and machine-readable report."""
     rows, others, quality = extracted_modules(done), extracted_others(done), quality_rows(done)
     measured = markdown_table(QUALITY_COLUMNS, quality) if quality else "Quality was not measured."
     left = f"\n{markdown_table(EXTRACTED_OTHERS, others[:_SHOWN])}\n" if others else ""
-    card = f"""{_head(adapter.base, folder)}
-LoRA that makes {_name(done.base)} the nearest to {_name(done.tuned)}, by eckart: {done.rule}.
-{_usage(adapter, folder)}
+    card = f"""## Extracted
+
 {measured}
 
 {_bullets([*_extracted_lines(done), *done.warnings])}
 
-## Matrices with the largest error
+### Matrices with the largest error
 
 {markdown_table(EXTRACTED_MODULES, rows[:_SHOWN])}
 {left}
-The full list is in `eckart.json`. The licences of both models apply.
+The full list is in `eckart.json`.
 """
     return {"README.md": card, "eckart.json": to_json({"extracted": done.to_dict()})}
 
 
-def resized_documents(
-    adapter: Adapter, done: Resized, folder: str, known: Mapping[str, Any]
-) -> dict[str, str]:
+def extracted_facts(done: Extracted, texts: Sequence[tuple[str, str]], licence: str | None) -> Facts:
+    """Return what the card of an extracted adapter says beside it; `texts` are (source, what for)."""
+    summary = (
+        f"LoRA that makes {_name(done.base)} the nearest to {_name(done.tuned)}, by eckart: {done.rule}."
+    )
+    figures = (
+        () if done.after is None else perplexity_figure(_measured(texts), done.after.model, "held-out text")
+    )
+    return Facts(
+        summary, (done.base, done.tuned), ADAPTER, ("lora",),
+        texts=tuple(texts), licence=licence, figures=figures,
+    )  # fmt: skip
+
+
+def _measured(texts: Sequence[tuple[str, str]]) -> list[str]:
+    return [source for source, use in texts if use == "measuring"]
+
+
+def resized_documents(adapter: Adapter, done: Resized, known: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts that stand beside a resized adapter.
 
     Args:
         adapter: as it is written.
         done: what was done.
-        folder: the name of the output.
         known: the JSON report of the adapter that was resized, empty where there is none.
     """
-    card = f"""{_head(adapter.base, folder)}
-LoRA resized by eckart: {done.rule}.
-{_usage(adapter, folder)}
+    card = f"""## Resized
+
 {markdown_table(RESIZED_SIZES, resized_sizes(done))}
 
 {_bullets([_resized_line(done)])}
 
-## Modules with the largest error
+### Modules with the largest error
 
 {markdown_table(RESIZED_MODULES, resized_modules(done)[:_SHOWN])}
 
@@ -325,23 +313,26 @@ The full list is in `eckart.json`.
     return {"README.md": card, "eckart.json": to_json(_with_storage(values, adapter.storage))}
 
 
-def merged_documents(
-    done: Merged, adapter: str, folder: str, card: str, known: Mapping[str, Any]
-) -> dict[str, str]:
+def resized_facts(adapter: Adapter, done: Resized, source: str | None) -> Facts:
+    """Return what the card of a resized adapter says beside it; `source` is its folder before, if any."""
+    base = (adapter.base,) if adapter.base else ()
+    return Facts(
+        f"LoRA resized by eckart: {done.rule}.", base if source is None else (source, *base), ADAPTER,
+        ("lora",), continued=source is not None,
+    )  # fmt: skip
+
+
+def merged_documents(done: Merged, adapter: str, known: Mapping[str, Any]) -> dict[str, str]:
     """Return the texts that stand beside a merged model.
 
     Args:
         done: what was done.
         adapter: where it came from.
-        folder: the name of the output.
-        card, known: model card and JSON report of the folder it was merged into; empty where there is none.
+        known: JSON report of the folder it was merged into; empty where there is none.
     """
     rows = merged_modules(done)
     cut = f"\n{markdown_table(MERGED_COLUMNS, rows[:_SHOWN])}\n" if rows else ""
-    head = card.rstrip("\n") if card else _model_head(done, folder)
-    section = f"""{head}
-
-## Merged
+    section = f"""## Merged
 
 The adapter {_name(adapter)}, by eckart, into {_name(done.source)}.
 
@@ -351,20 +342,17 @@ The adapter {_name(adapter)}, by eckart, into {_name(done.source)}.
     return {"README.md": section, "eckart.json": to_json({**known, "merged": merged})}
 
 
-def _model_head(done: Merged, folder: str) -> str:
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-base_model: {_name(done.source)}
-tags: [eckart]
----
-# {folder}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```
-
-The licence and terms of the base model apply."""
+def merged_facts(
+    done: Merged, adapter: str | None, texts: Sequence[tuple[str, str]], licence: str | None
+) -> Facts:
+    """Return what the card of a merged model says beside it; `adapter` is its folder or hub id, if any."""
+    found = done.comparison
+    return Facts(
+        f"{_name(done.source)} with the adapter {_name(adapter or 'adapter')} merged into it, by eckart.",
+        (done.source,) if adapter is None else (done.source, adapter),
+        FINETUNE,
+        texts=tuple(texts),
+        licence=licence,
+        figures=() if found is None else perplexity_figure(_measured(texts), found.model, "held-out text"),
+        continued=True,
+    )

@@ -7,7 +7,18 @@ import typer
 
 from .. import render
 from ..bars import Bars
-from ..terminal import AsJson, Bos, Device, EvalSources, Overwrite, Remote, Sources, failures, show
+from ..terminal import (
+    AsJson,
+    Bos,
+    Device,
+    EvalSources,
+    Overwrite,
+    Remote,
+    Sources,
+    TextLicence,
+    failures,
+    show,
+)
 from . import difference, toolbox
 from .extract import Carry
 
@@ -50,6 +61,7 @@ def extract(
     dtype: OutDtype = None,
     device: Device = None,
     trust_remote_code: Remote = False,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -60,8 +72,8 @@ def extract(
                 base, tuned, out=out, rank=rank, energy=energy, params=params, noise=noise,
                 carry=cast(Carry, carry), text=text, eval_text=eval_text, tokens=tokens,
                 eval_tokens=eval_tokens, seq_len=seq_len, bos=bool(bos), damp=damp, dtype=dtype,
-                device=device, trust_remote_code=bool(trust_remote_code), overwrite=overwrite,
-                watch=bars.watch,
+                device=device, trust_remote_code=bool(trust_remote_code), text_licence=text_licence,
+                overwrite=overwrite, watch=bars.watch,
             )  # fmt: skip
         _end(done, out, as_json)
 
@@ -100,6 +112,7 @@ def merge(
     dtype: OutDtype = None,
     device: Device = None,
     trust_remote_code: Remote = False,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -109,8 +122,8 @@ def merge(
             _, done = toolbox.merge(
                 model, adapter, out=out, text=text, eval_text=eval_text, tokens=tokens,
                 eval_tokens=eval_tokens, seq_len=seq_len, bos=bool(bos), damp=damp, dtype=dtype,
-                device=device, trust_remote_code=bool(trust_remote_code), overwrite=overwrite,
-                watch=bars.watch,
+                device=device, trust_remote_code=bool(trust_remote_code), text_licence=text_licence,
+                overwrite=overwrite, watch=bars.watch,
             )  # fmt: skip
         _end(done, out, as_json)
 

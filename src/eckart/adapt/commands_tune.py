@@ -25,7 +25,17 @@ from ..scratch.options import (
     Warmup,
     penalty_of,
 )
-from ..terminal import AsJson, Checkpointing, Device, Overwrite, Precision, Remote, failures, show
+from ..terminal import (
+    AsJson,
+    Checkpointing,
+    Device,
+    Overwrite,
+    Precision,
+    Remote,
+    TextLicence,
+    failures,
+    show,
+)
 from ..training import is_main
 from ..yaml_files import section
 from . import report_tune, session, tuning
@@ -120,6 +130,7 @@ def tune(
     ] = None,
     device: Device = None,
     trust_remote_code: Remote = False,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -145,7 +156,7 @@ def tune(
             bars.watch("load", 0, 1)
             _, done = session.tune(
                 model, settings, out=out, work=work, device=device, trust_remote_code=bool(trust_remote_code),
-                overwrite=overwrite, watch=bars.watch,
+                text_licence=text_licence, overwrite=overwrite, watch=bars.watch,
                 before=lambda prospect: bars.say(report_tune.prospect_table(prospect)),
             )  # fmt: skip
         if not is_main():

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from ..hub import MB
+from ..modelcard import ACCURACY, ADAPTER, FINETUNE, Facts, Figure
 from ..render import markdown_table, table, to_json
 from ..scratch.decline import Decline, plot
 from .judge import Judged
@@ -131,43 +132,54 @@ def tuned_table(tuned: Tuned) -> RenderableType:
     return Group(*parts, *map(Text, lines(tuned)))
 
 
-def documents(tuned: Tuned, folder: str, storage: Nf4 | None, plot: bool) -> dict[str, str]:
-    """Return the texts that stand beside the weights: model card and machine-readable report.
+def documents(tuned: Tuned, storage: Nf4 | None, plot: bool) -> dict[str, str]:
+    """Return the texts that stand beside the weights: what was done, and machine-readable report.
 
     Args:
         tuned: what was done.
-        folder: the name of the output.
         storage: of the base, for an adapter on NF4.
         plot: whether ranks.png stands beside them.
     """
-    prospect = tuned.prospect
-    adapter = prospect.tuning.method != "full"
-    base = _name(prospect.source)
-    data = ", ".join(Path(source).name for source in prospect.tuning.data)
     ranks = rank_rows(tuned)
-    sections = [f"\n## Ranks\n\n{markdown_table(RANK_COLUMNS, ranks)}\n"] if ranks else []
+    sections = [f"\n### Ranks\n\n{markdown_table(RANK_COLUMNS, ranks)}\n"] if ranks else []
     if plot:
         sections.append("\n![ranks over the steps](ranks.png)\n")
-    card = f"""---
-library_name: {"peft" if adapter else "transformers"}
-base_model: {base}
-tags: [eckart{", lora" if adapter else ""}]
----
-# {folder}
+    card = f"""## Tuned
 
-{base} tuned by eckart: {_described(prospect)}, on {data}.
-{_usage(base, folder, adapter, storage)}
 {markdown_table(RESULT_COLUMNS, result_rows(tuned))}
 
 {chr(10).join(f"- {line}" for line in lines(tuned))}
 {"".join(sections)}
-Measured on {prospect.held_out:,} held-out examples; the state was chosen by their loss. All settings and the
-course of the run are in `eckart.json`. The licence and terms of the base model apply.
+Measured on {tuned.prospect.held_out:,} held-out examples; the state was chosen by their loss. All settings
+and the course of the run are in `eckart.json`.
 """
     report: dict[str, Any] = {"tuned": tuned.to_dict()}
     if storage is not None:
         report["base"] = storage.to_dict()
     return {"README.md": card, "eckart.json": to_json(report)}
+
+
+def facts(tuned: Tuned, licence: str | None = None) -> Facts:
+    """Return what the model card says beside it; `licence` is that of the data."""
+    prospect = tuned.prospect
+    adapter = prospect.tuning.method != "full"
+    data = ", ".join(Path(source).name for source in prospect.tuning.data)
+    on = ", ".join(Path(source).name for source in prospect.tuning.eval_data) or f"{data}, held out"
+    protocol = {"examples": prospect.held_out, "chosen_by_it": True}
+    figures = [Figure(on, "loss", "loss, nats a token", tuned.end.loss, protocol)]
+    if tuned.end.accuracy is not None:
+        figures.append(Figure(on, ACCURACY, "accuracy of label words", tuned.end.accuracy, protocol))
+    uses = (("training", prospect.tuning.data), ("choosing the state", prospect.tuning.eval_data))
+    return Facts(
+        f"{_name(prospect.source)} tuned by eckart: {_described(prospect)}, on {data}.",
+        (prospect.source,),
+        ADAPTER if adapter else FINETUNE,
+        ("lora",) if adapter else (),
+        texts=tuple((source, use) for use, sources in uses for source in sources),
+        licence=licence,
+        figures=tuple(figures),
+        continued=not adapter,
+    )
 
 
 def _described(prospect: Prospect) -> str:
@@ -180,36 +192,6 @@ def _described(prospect: Prospect) -> str:
 
 def _name(source: str) -> str:
     return Path(source).name if Path(source).exists() else source
-
-
-def _usage(base: str, folder: str, adapter: bool, storage: Nf4 | None) -> str:
-    if not adapter:
-        return f"""
-```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-```
-"""
-    if storage is not None:
-        return f"""
-The adapter belongs to a base in NF4, as it was when it was trained. eckart makes both:
-
-```python
-import eckart
-
-model = eckart.load("{folder}")
-```
-"""
-    return f"""
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
-model = PeftModel.from_pretrained(model, "{folder}")
-```
-"""
 
 
 def plot_spectra(tuned: Tuned, path: Path) -> bool:

@@ -1,14 +1,14 @@
 """Tuning in one call: load, tune, write a folder."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import hub, models
+from .. import hub, modelcard, models
 from ..errors import ConfigError, ModelError
 from ..stages import Watch, silent
 from ..training import is_main
@@ -29,6 +29,7 @@ def tune(
     tokenizer: Any = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    text_licence: str | None = None,
     overwrite: bool = False,
     before: Callable[[Prospect], None] = lambda prospect: None,
     watch: Watch = silent,
@@ -48,6 +49,7 @@ def tune(
         tokenizer: for a model given as an object.
         device: cuda, mps, cpu; default: the first that is there.
         trust_remote_code: run code that the model brings along.
+        text_licence: of the data, for the card.
         overwrite: replace the folder `out`.
         before: called once, before the first step, with what is known then.
         watch: called with (stage, done, total).
@@ -74,7 +76,7 @@ def tune(
 
     attached, tuned = tuner.tune(loaded, tuning, work=place, before=before, watch=watch)
     if out is not None and is_main():
-        tuned = write(Path(out), loaded, attached, tuned, overwrite=overwrite)
+        tuned = write(Path(out), loaded, attached, tuned, text_licence=text_licence, overwrite=overwrite)
         if work is None:
             shutil.rmtree(place, ignore_errors=True)
     return attached.model, tuned
@@ -111,7 +113,13 @@ def _loaded(
 
 
 def write(
-    out: Path, loaded: hub.Loaded, attached: "Attached", tuned: Tuned, *, overwrite: bool = False
+    out: Path,
+    loaded: hub.Loaded,
+    attached: "Attached",
+    tuned: Tuned,
+    *,
+    text_licence: str | None = None,
+    overwrite: bool = False,
 ) -> Tuned:
     """Write what was tuned as a new folder; return `tuned` with the bytes of its weight files.
 
@@ -132,10 +140,6 @@ def write(
         plot = bool(done.trajectory) and report_tune.plot_ranks(done, folder / "ranks.png")
         if done.decline is not None:
             report_tune.plot_spectra(done, folder / "spectra.png")
-        _put(folder, report_tune.documents(done, out.name, attached.storage, plot))
+        documents = report_tune.documents(done, attached.storage, plot)
+        modelcard.write(folder, out.name, documents, report_tune.facts(done, text_licence))
     return done
-
-
-def _put(folder: Path, texts: Mapping[str, str]) -> None:
-    for name, content in texts.items():
-        (folder / name).write_text(content, encoding="utf-8")

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import hub
+from .. import hub, modelcard
 from ..construct import parse_size
 from ..report_healing import known
 from ..stages import Watch
@@ -37,9 +37,10 @@ def _check(out: str | Path | None, overwrite: bool, *sources: object) -> None:
             hub.check_output(Path(out), overwrite, str(source))
 
 
-def _put(folder: Path, texts: dict[str, str]) -> None:
-    for name, content in texts.items():
-        (folder / name).write_text(content, encoding="utf-8")
+def _used(text: Sources | None, eval_text: Sources | None) -> list[tuple[str, str]]:
+    """Return (source, what for) of the texts, for the card."""
+    uses = (("calibration", text), ("measuring", eval_text))
+    return [(source, use) for use, given in uses for source in _listed(given)]
 
 
 def extract(
@@ -62,6 +63,7 @@ def extract(
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    text_licence: str | None = None,
     overwrite: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Adapter, Extracted]:
@@ -72,6 +74,7 @@ def extract(
             eckart.adapt.extract.extract.
         out: a new folder for a standard PEFT adapter with card and report; default: nothing is written.
         text, eval_text, tokens, eval_tokens, seq_len, bos, damp: as in eckart.adapt.reading.reading.
+        text_licence: of the texts, for the card.
         overwrite: replace the folder `out`.
 
     Raises:
@@ -91,7 +94,8 @@ def extract(
         with hub.new_folder(Path(out), overwrite) as folder:
             store.write(folder, adapter)
             done = replace(done, file_bytes=hub.weight_bytes(folder))
-            _put(folder, cards.extracted_documents(adapter, done, Path(out).name))
+            facts = cards.extracted_facts(done, _used(text, eval_text), text_licence)
+            modelcard.write(folder, Path(out).name, cards.extracted_documents(done), facts)
     return adapter, done
 
 
@@ -123,11 +127,12 @@ def resize(
     limit = None if size is None else parse_size(size)
     made, done = resizing.resize(found, rank=rank, energy=energy, params=params, size=limit)
     if out is not None:
-        values = {} if isinstance(adapter, Adapter) else known(adapter)[1]
+        values = {} if isinstance(adapter, Adapter) else known(adapter)
         with hub.new_folder(Path(out), overwrite) as folder:
             store.write(folder, made)
             done = replace(done, file_bytes=hub.weight_bytes(folder))
-            _put(folder, cards.resized_documents(made, done, Path(out).name, values))
+            facts = cards.resized_facts(made, done, None if isinstance(adapter, Adapter) else str(adapter))
+            modelcard.write(folder, Path(out).name, cards.resized_documents(made, done, values), facts)
     return made, done
 
 
@@ -147,6 +152,7 @@ def merge(
     dtype: str | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    text_licence: str | None = None,
     overwrite: bool = False,
     watch: Watch | None = None,
 ) -> tuple[Any, Merged]:
@@ -157,6 +163,7 @@ def merge(
         out: a new folder for the merged model with card and report; default: nothing is written.
         text, eval_text, tokens, eval_tokens, seq_len, bos, damp: as in eckart.adapt.reading.reading; what
             must be cut in low-rank modules is weighted and measured by them.
+        text_licence: of the texts, for the card.
         overwrite: replace the folder `out`.
 
     Raises:
@@ -176,9 +183,11 @@ def merge(
         named = isinstance(model, (str, Path))
         if named:
             tokenizer = hub.load_tokenizer(str(model), trust_remote_code=trust_remote_code)
-        card, values = known(model if named else None)
-        source = "adapter" if isinstance(adapter, Adapter) else str(adapter)
+        values = known(model if named else None)
+        source = None if isinstance(adapter, Adapter) else str(adapter)
         with hub.new_folder(Path(out), overwrite) as folder:
             hub.write(folder, merged, tokenizer)
-            _put(folder, cards.merged_documents(done, source, Path(out).name, card, values))
+            facts = cards.merged_facts(done, source, _used(text, eval_text), text_licence)
+            documents = cards.merged_documents(done, source or "adapter", values)
+            modelcard.write(folder, Path(out).name, documents, facts)
     return merged, done

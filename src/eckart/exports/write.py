@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from .. import hub, models, plugin, render
+from .. import hub, modelcard, models, plugin, render
+from ..modelcard import Facts
 from ..stages import Watch
 from . import check, graph, stateful, trace
 from .options import FLOAT, ONNX, Form, need_to_make
@@ -87,8 +88,8 @@ def export(
             tolerance=form.tolerance,
             engine=f"{engine} {metadata.version(engine)}",
         )
-        (folder / REPORT).write_text(render.to_json(result.to_dict()) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(result, out.name), encoding="utf-8")
+        documents = {"README.md": _card(result), REPORT: render.to_json(result.to_dict())}
+        modelcard.write(folder, out.name, documents, _facts(result, out.name))
     watch("check", _STEPS, _STEPS)
     return result
 
@@ -156,18 +157,21 @@ def _describe(folder: Path, model: Any, tokenizer: Any) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def _card(result: EngineExport, name: str) -> str:
-    engine, table = result.engine.partition(" ")[0], render.markdown_table(("", "found"), result.rows())
-    return f"""# {name}
+def _card(result: EngineExport) -> str:
+    return f"## Exported\n\n{render.markdown_table(('', 'found'), result.rows())}\n"
 
-{Path(result.source).name}, exported by eckart for {engine}. With `import eckart`:
 
-```python
+def _facts(result: EngineExport, name: str) -> Facts:
+    code = f'''import eckart  # pip install eckart
+
 session = eckart.open_export("{name}")
-tokens = session.generate(prompt_ids, max_new_tokens=64)
-```
-
-{table}
-
-The licence and terms of the base model apply.
-"""
+tokens = session.generate([1, 2, 3], max_new_tokens=8)
+'''
+    return Facts(
+        f"{Path(result.source).name}, exported by eckart for {result.engine.partition(' ')[0]}.",
+        (result.source,),
+        tags=(result.target,),
+        continued=True,
+        code=code,
+        library=result.target,
+    )

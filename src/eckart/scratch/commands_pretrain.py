@@ -9,7 +9,17 @@ import typer
 from .. import recipe, render
 from ..adapt.session import work_folder
 from ..bars import Bars
-from ..terminal import AsJson, Checkpointing, Device, Overwrite, Precision, Remote, failures, show
+from ..terminal import (
+    AsJson,
+    Checkpointing,
+    Device,
+    Overwrite,
+    Precision,
+    Remote,
+    TextLicence,
+    failures,
+    show,
+)
 from ..training import is_main
 from ..yaml_files import section
 from . import pretrain as session
@@ -95,6 +105,7 @@ def pretrain(
     ] = None,
     device: Device = None,
     trust_remote_code: Remote = False,
+    text_licence: TextLicence = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -118,7 +129,8 @@ def pretrain(
             settings = from_mapping(recipe.override(base, given))
             _, done = session.pretrain(
                 config, settings, out=out, work=work, device=device,
-                trust_remote_code=bool(trust_remote_code), overwrite=overwrite, watch=bars.watch,
+                trust_remote_code=bool(trust_remote_code), text_licence=text_licence,
+                overwrite=overwrite, watch=bars.watch,
                 before=lambda prospect: bars.say(report_pretrain.prospect_table(prospect)),
             )  # fmt: skip
         if not is_main():

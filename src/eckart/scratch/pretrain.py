@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PretrainedConfig
 
-from .. import hub, models, render, text
+from .. import hub, modelcard, models, render, text
 from ..adapt.session import work_folder
 from ..adapt.tuned import Prospect, Tuned
 from ..errors import ConfigError, ModelError
@@ -71,6 +71,7 @@ def pretrain(
     tokenizer: Any = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    text_licence: str | None = None,
     overwrite: bool = False,
     before: Callable[[Prospect], None] = lambda prospect: None,
     watch: Watch = silent,
@@ -90,6 +91,7 @@ def pretrain(
         tokenizer: an object, or what the settings call so.
         device: cuda, mps, cpu; default: the first that is there.
         trust_remote_code: run the code that the config brings along.
+        text_licence: of the data, for the model card.
         overwrite: replace the folder `out`.
         before: called once, before the first step, with what is known then.
         watch: called with (stage, done, total).
@@ -131,7 +133,7 @@ def pretrain(
     )
     models.cast(loaded.model, hub.dtype(settings.dtype))
     if out is not None and is_main():
-        done = write(Path(out), loaded, done, overwrite=overwrite)
+        done = write(Path(out), loaded, done, text_licence=text_licence, overwrite=overwrite)
         if work is None:
             shutil.rmtree(state, ignore_errors=True)
     return loaded.model.eval(), done
@@ -225,7 +227,14 @@ def _fit(config: Any, tokenizer: Any, settings: Pretraining) -> None:
         )
 
 
-def write(out: Path, loaded: hub.Loaded, done: Pretrained, *, overwrite: bool = False) -> Pretrained:
+def write(
+    out: Path,
+    loaded: hub.Loaded,
+    done: Pretrained,
+    *,
+    text_licence: str | None = None,
+    overwrite: bool = False,
+) -> Pretrained:
     """Write what was trained as a new folder; return `done` with the bytes of its weight files.
 
     Raises:
@@ -235,6 +244,6 @@ def write(out: Path, loaded: hub.Loaded, done: Pretrained, *, overwrite: bool = 
         hub.write(folder, loaded.model, loaded.tokenizer)
         done = replace(done, tuned=replace(done.tuned, stored_bytes=hub.weight_bytes(folder)))
         plot = report_pretrain.plot(done.tuned, folder / "spectra.png")
-        for name, content in report_pretrain.documents(done.to_dict(), done.tuned, out.name, plot).items():
-            (folder / name).write_text(content, encoding="utf-8")
+        documents = report_pretrain.documents(done.to_dict(), done.tuned, plot)
+        modelcard.write(folder, out.name, documents, report_pretrain.facts(done.tuned, text_licence))
     return done

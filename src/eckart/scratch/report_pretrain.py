@@ -10,6 +10,7 @@ from rich.text import Text
 
 from ..adapt import report_tune
 from ..adapt.tuned import Prospect, Tuned
+from ..modelcard import PERPLEXITY, Facts, Figure
 from ..render import markdown_table, table, to_json
 from . import decline
 from .decline import Decline
@@ -84,31 +85,16 @@ def plot(tuned: Tuned, path: Path) -> bool:
     return tuned.decline is not None and decline.plot(_decline(tuned.decline), path)
 
 
-def documents(values: Mapping[str, Any], tuned: Tuned, folder: str, picture: bool) -> dict[str, str]:
-    """Return the texts that stand beside the weights: model card and machine-readable report.
+def documents(values: Mapping[str, Any], tuned: Tuned, picture: bool) -> dict[str, str]:
+    """Return the texts that stand beside the weights: what was done, and machine-readable report.
 
     Args:
         values: Pretrained.to_dict.
         tuned: how the run went.
-        folder: the name of the output.
         picture: whether spectra.png stands beside them.
     """
-    data = ", ".join(Path(source).name for source in tuned.prospect.tuning.data)
-    first = "import eckart  # registers the low-rank modules\n" if values["ranks"] else ""
     shown = "\n![decline of the spectra](spectra.png)\n" if picture else ""
-    card = f"""---
-library_name: transformers
-tags: [eckart]
----
-# {folder}
-
-Trained from scratch by eckart on {data}.
-
-```python
-{first}from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")
-```
+    card = f"""## Trained from scratch
 
 {markdown_table(COLUMNS, rows(tuned))}
 
@@ -118,3 +104,17 @@ Measured on {tuned.prospect.held_out:,} held-out windows; the state was chosen b
 the course of the run are in `eckart.json`.
 """
     return {"README.md": card, "eckart.json": to_json({"pretrained": dict(values)})}
+
+
+def facts(tuned: Tuned, licence: str | None = None) -> Facts:
+    """Return what the model card says beside it; `licence` is that of the data."""
+    tuning = tuned.prospect.tuning
+    data = ", ".join(Path(source).name for source in tuning.data)
+    on = ", ".join(Path(source).name for source in tuning.eval_data) or f"{data}, held out"
+    protocol = {"windows": tuned.prospect.held_out, "window": tuning.seq_len, "chosen_by_it": True}
+    return Facts(
+        f"Trained from scratch by eckart on {data}.",
+        texts=tuple((source, "training") for source in tuning.data),
+        licence=licence,
+        figures=(Figure(on, PERPLEXITY, "perplexity", math.exp(tuned.end.loss), protocol),),
+    )

@@ -18,6 +18,7 @@ from .. import (
     measure,
     memory,
     mend,
+    modelcard,
     models,
     planning,
     plugin,
@@ -82,6 +83,7 @@ def compress_to(
     *,
     memory: int | str,
     work: str | Path | None = None,
+    text_licence: str | None = None,
     overwrite: bool = False,
     watch: Watch | None = None,
 ) -> Result:
@@ -96,6 +98,7 @@ def compress_to(
         out: the folder to write.
         memory: the bytes that may be used, such as "6GB": of the device, or else of the process.
         work: the work folder; default: beside `out`.
+        text_licence: of the texts, for the model card.
         overwrite: replace `out` if it is there.
         watch: called with (stage, done, total).
 
@@ -130,7 +133,7 @@ def compress_to(
     team.wait()
     if team.rank == 0:
         with run.stage("finish"):
-            _publish(job, dtype, out, overwrite, result)
+            _publish(job, dtype, out, overwrite, result, text_licence)
             shutil.rmtree(job.work.folder, ignore_errors=True)
     team.wait()
     return result.with_file_bytes(hub.weight_bytes(out))
@@ -289,7 +292,9 @@ def _result(
     )
 
 
-def _publish(job: Job, dtype: torch.dtype, out: Path, overwrite: bool, result: Result) -> None:
+def _publish(
+    job: Job, dtype: torch.dtype, out: Path, overwrite: bool, result: Result, text_licence: str | None
+) -> None:
     """Make the output folder of the finished parts."""
     model, work = job.stream.model, job.work
     plugin.mark(model)
@@ -306,5 +311,5 @@ def _publish(job: Job, dtype: torch.dtype, out: Path, overwrite: bool, result: R
         tokenizer = hub.load_tokenizer(job.source, trust_remote_code=job.recipe.trust_remote_code)
         publish.description(folder, model, dtype, tokenizer)
         measured_result = result.with_file_bytes(hub.weight_bytes(folder))
-        for name, content in report.documents(measured_result, out.name).items():
-            (folder / name).write_text(content, encoding="utf-8")
+        facts = report.facts(measured_result, text_licence)
+        modelcard.write(folder, out.name, report.documents(measured_result), facts)

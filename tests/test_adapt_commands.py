@@ -25,7 +25,8 @@ COMMANDS = ("extract", "resize", "merge", "diff")
 
 
 def run(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    wide = {"COLUMNS": "160"}  # titles of columns in one line
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=wide)
 
 
 def words(output: str) -> str:

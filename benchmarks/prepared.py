@@ -1,5 +1,6 @@
 """A calibrated and decomposed model, made once: it serves every budget and every storage."""
 
+import argparse
 import dataclasses
 import time
 from collections.abc import Mapping
@@ -11,6 +12,18 @@ import torch
 
 from eckart import pipeline, recipe, stages
 from eckart.pipeline import Prepared
+
+
+def parser(about: str | None) -> argparse.ArgumentParser:
+    """The arguments of a benchmark that calibrates a model on a little text and measures it on other text."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--text", nargs="+", default=[])
+    parser.add_argument("--eval-text", nargs="+", default=[])
+    parser.add_argument("--tokens", type=int, default=6_144, help="to calibrate on, all with gradients")
+    parser.add_argument("--eval-tokens", type=int, default=4_096)
+    parser.add_argument("--seq-len", type=int, default=512)
+    return parser
 
 
 def base(model: str, text: list[str], eval_text: list[str], tokens: int, seq_len: int) -> dict[str, Any]:

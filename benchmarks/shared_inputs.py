@@ -51,13 +51,7 @@ WAYS = ("apart, factored", "apart, pivoted", "joint, recomputed", "joint, factor
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--text", nargs="+", default=[])
-    parser.add_argument("--eval-text", nargs="+", default=[])
-    parser.add_argument("--tokens", type=int, default=6_144, help="to calibrate on, all with gradients")
-    parser.add_argument("--eval-tokens", type=int, default=4_096)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser = prepared.parser(__doc__)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.6])
     parser.add_argument("--forms", nargs="+", default=["factored", "pivoted", "mixed"])
     parser.add_argument("--cache", type=Path, default=Path(".cache/shared-inputs.pt"))

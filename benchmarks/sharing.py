@@ -16,6 +16,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import prepared
 import torch
 
 from eckart import environment, hub, joining, measure, models, render, sharing, text, windows
@@ -45,13 +46,7 @@ ROWS: tuple[tuple[str, Sharing], ...] = (
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", nargs="?")
-    parser.add_argument("--text", nargs="+", default=[])
-    parser.add_argument("--eval-text", nargs="+", default=[])
-    parser.add_argument("--tokens", type=int, default=6_144, help="to calibrate on, all with gradients")
-    parser.add_argument("--eval-tokens", type=int, default=4_096)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser = prepared.parser(__doc__)
     parser.add_argument(
         "--damp", type=float, help="of the metrics, in units of their mean; default: eckart's"
     )

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 import eckart
-from eckart import ConfigError, ModelError, StoreError, cli, measure, models, refine
+from eckart import ConfigError, ModelError, StoreError, commands_heal, measure, models, refine
 from eckart.bars import Bars
 from eckart.cli import app
 from eckart.factors import FactoredLinear, NarrowLinear, PartialLinear, PivotedLinear
@@ -350,7 +350,7 @@ def test_an_interrupted_command_goes_on_to_the_same_weights(
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Bars", Interrupting)
+        patch.setattr(commands_heal, "Bars", Interrupting)
         found = _run(*command, *OPTIONS)
     assert found.exit_code == 130
     state = tmp_path / ".out.healing"
@@ -365,7 +365,7 @@ def test_an_interrupted_command_goes_on_to_the_same_weights(
         assert "is of a run with other settings, models or text" in other.output
     first = len(seen)
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "Bars", Interrupting)
+        patch.setattr(commands_heal, "Bars", Interrupting)
         stop = -1
         found = _run(*command, *OPTIONS)
     assert found.exit_code == 0, found.output

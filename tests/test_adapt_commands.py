@@ -25,8 +25,7 @@ COMMANDS = ("extract", "resize", "merge", "diff")
 
 
 def run(*arguments: Any) -> Any:
-    wide = {"COLUMNS": "160"}  # titles of columns in one line
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=wide)
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def words(output: str) -> str:

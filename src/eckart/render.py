@@ -38,7 +38,8 @@ class Rows:
     def widths(self, available: int) -> list[int] | None:
         """Return widths of columns at which no word is broken, None where there are none.
 
-        Each has its longest word; what is left of `available` goes to those whose cells are longer.
+        Each has its longest word; what is left of `available` goes to those whose cells are longer, first
+        to those that need least.
         """
         lines = list(zip(self.columns, *self.rows, strict=True))
         least = [
@@ -48,8 +49,7 @@ class Rows:
         left = available - _FRAME * len(lines) - 1 - sum(least)
         if left < 0:
             return None
-        wanted = [long - short for long, short in zip(whole, least)]
-        shares = wanted if sum(wanted) <= left else [one * left // sum(wanted) for one in wanted]
+        shares = _shares([long - short for long, short in zip(whole, least)], left)
         return [short + share for short, share in zip(least, shares)]
 
     def stacked(self) -> RenderableType:
@@ -66,6 +66,16 @@ class Rows:
         """Yield the one that fits."""
         widths = self.widths(options.max_width)
         yield self.stacked() if widths is None else self.grid(widths)
+
+
+def _shares(wanted: Sequence[int], left: int) -> list[int]:
+    """Share out `left`: each gets what it wants, or as much as those that get less than they want."""
+    shares = [0] * len(wanted)
+    order = sorted(range(len(wanted)), key=lambda place: wanted[place])
+    for served, place in enumerate(order):
+        shares[place] = min(wanted[place], left // (len(order) - served))
+        left -= shares[place]
+    return shares
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Rows:

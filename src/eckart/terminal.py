@@ -13,6 +13,8 @@ from transformers.utils import logging as transformers_logging
 from .errors import ConfigError, EckartError
 
 DECLINED, REFUSED, INTERRUPTED = 1, 2, 130
+_PIPE = 160
+"""Width of tables in a pipe, where no one can make the window wider."""
 EXIT_CODES = (
     "Exit codes: 0 done; 1 you said no, or a fault of eckart (with a traceback); 2 refused, with the reason "
     "on stderr; 130 interrupted."
@@ -160,7 +162,7 @@ def show(what: Any, as_json: bool) -> None:
     else:
         # In a pipe, tables have a fixed width and sentences are not broken.
         piped = not sys.stdout.isatty()
-        Console(width=120 if piped else None).print(what, soft_wrap=piped)
+        Console(width=_PIPE if piped else None).print(what, soft_wrap=piped)
 
 
 def numbers(given: list[str] | None, what: str) -> tuple[float, ...]:

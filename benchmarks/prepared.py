@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ def base(model: str, text: list[str], eval_text: list[str], tokens: int, seq_len
     }  # fmt: skip
 
 
-def made(common: Mapping[str, Any], cache: Path) -> tuple[Prepared, float]:
+def made(
+    common: Mapping[str, Any], cache: Path, budget: Mapping[str, Any] = MappingProxyType({"size": "1GB"})
+) -> tuple[Prepared, float]:
     """Return what is in `cache`, made now where nothing is, and the seconds that it took.
 
-    Storages are to be chosen by `finish`.
+    Storages are to be chosen by `finish`, where `budget` is a size.
     """
     if not cache.is_file():
-        own = recipe.from_mapping({**common, "size": "1GB"})
+        own = recipe.from_mapping({**common, **budget})
         start = time.process_time()
         found = pipeline.prepare(own, pipeline.load_for(own), print_progress)
         seconds = time.process_time() - start

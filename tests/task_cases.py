@@ -214,6 +214,7 @@ CASES |= {
         "SpeechT5ForTextToSpeech", "SpeechT5Config", _SPEECH,
         {"input_ids": ids(6), "decoder_input_values": noise(8, 8), "speaker_embeddings": noise(8)},
     ),
+    "pre-training": ("BertForPreTraining", "BertConfig", _TEXT, padded(ids(8))),
     "table-question-answering": (
         "TapasForQuestionAnswering", "TapasConfig",
         _TEXT | {"type_vocab_sizes": [3, 8, 8, 2, 8, 8, 2], "max_num_rows": 8, "max_num_columns": 8},

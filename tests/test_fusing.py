@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import eckart
-from eckart import channels, fusing, joint, refine
+from eckart import channels, common_pivots, fusing, refine
 from eckart.errors import ConfigError, ModelError, NotPositiveDefinite
 from eckart.factors import (
     FORMS,
@@ -163,36 +163,36 @@ def test_joint_pivots_give_the_maps_that_separate_ones_do(rows: int, seed: int) 
     ranks = [1 + (seed * factor) % rows for factor in (3, 5)]
     maps = [low_rank(rows, rows + 2, rank, seed + place) for place, rank in enumerate(ranks)]
     separate = [pivot(one) for one in maps]
-    order = joint.joint_order([one.left for one in maps], bound=1e6)
+    order = common_pivots.joint_order([one.left for one in maps], bound=1e6)
     assert order is not None
     assert torch.equal(order.sort().values, torch.arange(rows))
     for one, own in zip(maps, separate, strict=True):
-        together = joint.repivoted(own, order)
+        together = common_pivots.repivoted(own, order)
         rank = one.left.shape[1]
         assert torch.equal(together.skeleton.pivots, order[:rank])
         assert (together.dense() - own.dense()).norm() <= 1e-9 * own.dense().norm()
         size = float(together.skeleton.multipliers.abs().max()) if rank < rows else 0.0
         if size > 1.1:  # the bound is one of what really comes out
-            assert joint.joint_order([part.left for part in maps], bound=0.99 * size) is None
+            assert common_pivots.joint_order([part.left for part in maps], bound=0.99 * size) is None
 
 
 def test_joint_pivots_stay_small_where_rows_are_alike_to_none() -> None:
     lefts = [gaussian(120, 40, seed=1), gaussian(120, 30, seed=2)]
-    order = joint.joint_order(lefts)
+    order = common_pivots.joint_order(lefts)
     assert order is not None
     for left in lefts:
-        skeleton = joint.repivoted(pivot(LowRank(left, gaussian(left.shape[1], 5))), order).skeleton
-        assert skeleton.multipliers.abs().max() <= joint.BOUND
+        skeleton = common_pivots.repivoted(pivot(LowRank(left, gaussian(left.shape[1], 5))), order).skeleton
+        assert skeleton.multipliers.abs().max() <= common_pivots.BOUND
 
 
 def test_maps_whose_pivots_exclude_one_another_have_no_joint_ones() -> None:
     upper, lower = torch.zeros(8, 3), torch.zeros(8, 3)
     upper[:3], lower[5:] = torch.eye(3), torch.eye(3)
-    assert joint.joint_order([upper, lower]) is None
+    assert common_pivots.joint_order([upper, lower]) is None
     modules = [build(LowRank(left, gaussian(3, 4)), "pivoted") for left in (upper.double(), lower.double())]
     before = [copy.deepcopy(module.state_dict()) for module in modules]
     assert all(isinstance(module, PivotedLinear) for module in modules)
-    assert not joint.align(modules)  # type: ignore[arg-type]
+    assert not common_pivots.align(modules)  # type: ignore[arg-type]
     for module, state in zip(modules, before, strict=True):
         assert all(torch.equal(tensor, state[name]) for name, tensor in module.state_dict().items())
 
@@ -210,12 +210,12 @@ def test_what_has_no_order_is_refused(
     lefts: list[tuple[int, int]], bound: float, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        joint.joint_order([gaussian(*shape) for shape in lefts], bound)
+        common_pivots.joint_order([gaussian(*shape) for shape in lefts], bound)
 
 
 def test_dependent_columns_are_refused() -> None:
     with pytest.raises(NotPositiveDefinite, match="the 5 x 2 left factor has dependent columns: lower"):
-        joint.joint_order([gaussian(5, 1).expand(5, 2)])
+        common_pivots.joint_order([gaussian(5, 1).expand(5, 2)])
 
 
 # channels of a whole module

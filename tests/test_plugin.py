@@ -120,7 +120,7 @@ def _edit(folder: Path, tmp_path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": 99}, "format 99, this eckart reads formats 1 to 5"),
+        ({"format": 99}, "format 99, this eckart reads formats 1 to 6"),
         ({"surprise": 1}, "unknown keys"),
         ({"modules": {"../../etc": {"kind": "factored", "rank": 2}}}, "not a dotted module name"),
         ({"modules": {"model.nothing": {"kind": "factored", "rank": 2}}}, "is no nn.Linear of Llama"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from . import hub, losses, models, plugin, running
+from . import hub, joint, losses, models, plugin, running
 from .models import Target
 from .quant.stored import StoredEmbedding, StoredLinear
 from .result import Sizes
@@ -31,7 +31,8 @@ def sizes(model: Any, found: Sequence[Target], dtype: torch.dtype) -> Sizes:
     return Sizes(
         linears=plain + stored,
         model=models.parameter_count(model),
-        linear_flops=sum(models.flops_per_token(module) for module in owners),
+        linear_flops=sum(models.flops_per_token(module) for module in owners)
+        - 2 * joint.counted_twice(owners),
         model_flops=models.flops_per_token(model),
         linear_bytes=plain * dtype.itemsize + sum(b.numel() * b.element_size() for b in buffers.values()),
         bytes=written_bytes(model, dtype),

@@ -22,12 +22,13 @@ from . import (
     report_sharing,
     running,
     tasks,
-)
+)  # fmt: skip
 from .adapt import loading
 from .batches import Call, Key
 from .errors import ConfigError, ModelError
 from .healing import Healing
 from .joined import Joined, Tied
+from .latency import Objective
 from .methods import Allocation, Shape
 from .objectives import Loss
 from .overrides import Override
@@ -53,6 +54,10 @@ def compress(
     size: int | str | None = None,
     rank: int | None = None,
     energy: float | None = None,
+    latency: float | str | None = None,
+    objective: Objective | None = None,
+    workload: int | str | None = None,
+    times: str | Path | None = None,
     max_ppl_increase: str | None = None,
     method: str | None = None,
     allocation: Allocation | None = None,
@@ -64,6 +69,7 @@ def compress(
     correction_storage: str | None = None,
     stock: bool | None = None,
     depth: bool | None = None,
+    share_inputs: bool | None = None,
     split: Split | None = None,
     text: Sources | None = None,
     eval_text: Sources | None = None,
@@ -90,7 +96,7 @@ def compress(
     tokenizer: Any = None,
     watch: Callable[[str, int, int], None] | None = None,
 ) -> tuple[Any, Result]:
-    """Compress a model to a budget: one of keep, size, rank, energy, max_ppl_increase.
+    """Compress a model to a budget: one of keep, size, rank, energy, latency, max_ppl_increase.
 
     A causal language model is run on `text`. Any other model, of transformers or not, is run on `batches`,
     and its loss is measured before and after instead of a perplexity:
@@ -135,19 +141,18 @@ def compress(
     """
     given = {
         "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
-        "max_ppl_increase": max_ppl_increase, "method": method,
+        "max_ppl_increase": max_ppl_increase, "method": method, "share_inputs": share_inputs,
+        "latency": latency, "objective": objective, "workload": workload,
+        "times": None if times is None else str(times), "dtype": dtype, "device": device,
         "allocation": allocation, "form": form, "storage": storage, "embeddings": embeddings,
-        "correction": correction, "correction_rank": correction_rank,
-        "correction_storage": correction_storage, "stock": stock, "depth": depth, "split": split,
+        "correction": correction, "correction_rank": correction_rank, "stock": stock, "depth": depth,
+        "correction_storage": correction_storage, "split": split, "foreign_text": sources(foreign_text),
         "text": sources(text), "eval_text": sources(eval_text),
         "include": sources(include), "exclude": sources(exclude),
         "overrides": None if overrides is None else tuple(overrides),
-        "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed,
-        "dtype": dtype, "device": device,
-        "foreign_text": sources(foreign_text), "heal": heal,
+        "tokens": tokens, "gradient_tokens": gradient_tokens, "seq_len": seq_len, "seed": seed, "heal": heal,
     }  # fmt: skip
-    by_name = isinstance(model, (str, Path))
-    if by_name:
+    if by_name := isinstance(model, (str, Path)):
         given["model"] = str(model)
     resolved = _resolve(recipe, given)
     details = (eval_batches, loss, masks, inputs, gradient_batches)
@@ -231,11 +236,7 @@ def quantise(
 
 
 def loaded_for(resolved: Recipe) -> hub.Loaded:
-    """Load the model that `resolved` names, compressed or not, to compute on its device.
-
-    Raises:
-        ModelError: it names none, or it cannot be loaded.
-    """
+    """Load the model that `resolved` names, compressed or not, to compute on its device (or ModelError)."""
     return pipeline.load_for(resolved, low_rank=True)
 
 

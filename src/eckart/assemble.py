@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from . import dimensions, models
+from . import dimensions, joint, models
 from .choices import Choice
 from .dimensions import Dimension
 from .embeddings import FactoredEmbedding, build_embedding, tied_head
@@ -39,7 +39,9 @@ def build_modules(
         name = choice.target.name
         if choice.basis:
             if name == choice.basis[0]:
-                made |= _with_basis(model, choice, found, dtype)
+                reading = found.reading(choice.basis)
+                make = _joint if reading is not None and reading.once else _with_basis
+                made |= make(model, choice, found, dtype)
         elif choice.form in FORMS:
             made |= _low_rank(model, found.parts[name].svd, choice, dtype)
         elif choice.form == "narrow" and name in by_reader:
@@ -89,11 +91,11 @@ def _with_basis(
 ) -> dict[str, nn.Module]:
     """Return the factored modules of all that share a basis: they hold one and the same `down`."""
     rank, names = choice.rank, choice.basis
-    parts = [found.parts[name].svd for name in names]
-    stacked = LowRank(torch.cat([part.left[:, :rank] for part in parts]), parts[0].right[:rank]).balanced()
+    stacked = _stack(choice, found).balanced()
     made: dict[str, nn.Module] = {}
     basis: nn.Linear | None = None
-    for name, left in zip(names, torch.split(stacked.left, [len(part.left) for part in parts]), strict=True):
+    heights = [models.find(model, name).out_features for name in names]
+    for name, left in zip(names, torch.split(stacked.left, heights), strict=True):
         dense = models.find(model, name)
         module = FactoredLinear(dense.in_features, dense.out_features, rank, dense.bias is not None)
         module = module.to(torch.float64).to(left.device)
@@ -108,6 +110,28 @@ def _with_basis(
         rounded.down = basis
         made[name] = rounded
     return made
+
+
+def _stack(choice: Choice, found: Decomposed) -> LowRank:
+    """Return the product that stands for all that share the basis of `choice`, one above the other."""
+    rank, reading = choice.rank, found.reading(choice.basis)
+    if reading is not None:
+        svd = found.parts[reading.name].svd
+        return LowRank(svd.left[:, :rank], svd.right[:rank])
+    parts = [found.parts[name].svd for name in choice.basis]
+    return LowRank(torch.cat([part.left[:, :rank] for part in parts]), parts[0].right[:rank])
+
+
+@torch.no_grad()
+def _joint(model: nn.Module, choice: Choice, found: Decomposed, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """Return what goes on from one joint product, for all that share it: they hold one `down`."""
+    linears = [models.find(model, name) for name in choice.basis]
+    made = joint.build(_stack(choice, found), [(one.out_features, one.bias) for one in linears], choice.form)
+    # All are cast in place, and with the first of them what they have in common.
+    return {
+        name: _rounded(module, linear.weight, dtype)
+        for name, linear, module in zip(choice.basis, linears, made, strict=True)
+    }
 
 
 def _narrow(
@@ -175,11 +199,13 @@ def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:
     made = []
     for choice in choices:
         name, target = choice.target.name, choice.target
-        key, counted = name, True
+        key, counted, form = name, True, str(choice.form)
         if choice.form == "narrow":
             key, counted = by_member[name].name, by_member[name].reader == name
         elif choice.basis:
             counted = name == choice.basis[0]
+            reading = found.reading(choice.basis)
+            key, form = (name, form) if reading is None else (reading.name, "joint")
         elif choice.form == "partial":
             attention, key = shared[name]
             counted = name in (attention.output, attention.query)
@@ -192,7 +218,7 @@ def rows(choices: Sequence[Choice], found: Decomposed) -> list[Module]:
             Module(
                 name=name,
                 shape=target.shape,
-                form=choice.form,
+                form=form,
                 rank=choice.rank,
                 before=target.size,
                 after=choice.parameters,

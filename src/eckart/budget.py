@@ -1,6 +1,7 @@
 """From a recipe's budget to one rank per matrix, and what that makes of the model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from .heads import Heads
 from .menus import Estimates, Kitchen
 from .models import Target
 from .ranks import Energy, Fixed, Keep, allocate, by_energy, legal_widths, uniform
+from .readings import Reading
 from .recipe import Recipe
 
 Rule = Fixed | Keep | Energy | None
@@ -52,6 +54,7 @@ def choose(
     exchange: float = 1.0,
     blocks: Mapping[str, float] | None = None,
     bases: Sequence[tuple[str, ...]] = (),
+    readings: Sequence[Reading] = (),
 ) -> list[Choice]:
     """Return what becomes of every target, in order, within `budget`.
 
@@ -67,10 +70,17 @@ def choose(
             of widths; below 1, those of widths are divided by it.
         blocks: what it costs to leave out each of these blocks.
         bases: names of the matrices that share a right factor.
+        readings: matrices of one input that may have a common right factor.
 
     Raises:
         RankError: the budget cannot be reached.
     """
+    if budget.then is not None:
+        first = choose(
+            recipe, replace(budget, then=None), targets, dimensions, estimates,
+            heads=heads, exchange=exchange, blocks=blocks, bases=bases,
+        )  # fmt: skip
+        budget = budget.then(first)
     method = recipe.resolved_method()
     losses = {} if estimates is None else estimates.losses
     decided: dict[str, Choice] = {}
@@ -87,11 +97,13 @@ def choose(
         left = budget.limit - budget.spent(list(decided.values()))
         if method.allocation == "curvature" and estimates is not None:
             own_heads = {found.name: found for found in heads}
-            kitchen = Kitchen(recipe, estimates, budget.cost)
+            kitchen = Kitchen(recipe, estimates, budget, readings)
             offered = kitchen.menus(free, open_ones, own_heads, exchange)
             fixed = {models.owner(name, blocks or {}) for name in decided}
             whole = {block: lost for block, lost in (blocks or {}).items() if block not in fixed}
             found = _allocated(menus.with_blocks(offered, whole), budget, left)
+        elif recipe.timed:
+            found = _admitted(recipe, free, budget, left)
         elif recipe.size is not None and recipe.stores:
             found = _in_bytes(recipe, free, budget, left)
         else:
@@ -162,6 +174,25 @@ def _in_bytes(recipe: Recipe, free: Sequence[Target], budget: Budget, left: int)
     for parts in range(_SHARES - 1, 0, -1):
         share = Keep(parts / _SHARES)
         choices = [_apply(recipe, share, choice.target, None, choice.storage) for choice in choices]
+        if budget.spent(choices) <= left:
+            return choices
+    raise budget.unreachable(budget.spent(choices) + (budget.limit or 0) - left)
+
+
+def _admitted(recipe: Recipe, free: Sequence[Target], budget: Budget, left: int) -> list[Choice]:
+    """Return the largest share of every matrix that fits, and whole what the budget admits in no other way.
+
+    For orientation, before anything is known of losses.
+    """
+    choices: list[Choice] = []
+    for parts in range(_SHARES, 0, -1):
+        choices = []
+        for target in free:
+            form = target.form(recipe.resolved_method().low_rank)
+            step = recipe.step() if form is None or budget.step is None else budget.step(form, target.shape)
+            rank = None if form is None else uniform(Keep(parts / _SHARES), form, target.shape, step)
+            low = dense(target) if form is None or rank is None else Choice(target, form, rank)
+            choices.append(low if budget.admits(low) else dense(target))
         if budget.spent(choices) <= left:
             return choices
     raise budget.unreachable(budget.spent(choices) + (budget.limit or 0) - left)

@@ -129,6 +129,7 @@ class Cached:
             "dimensions": [repr(dimension) for dimension in found.dimensions],
             "heads": [repr(own) for own in found.heads],
             "bases": [list(names) for names in found.bases],
+            "readings": [repr(own) for own in found.readings],
         }
         return self.shelf.fetch(
             "decompositions",

@@ -117,13 +117,19 @@ class Budget:
         limit: in units of `cost`.
         what: the budget as it was given.
         words: says an amount in its terms.
-        cost: of a choice, in parameters or bytes.
+        cost: of a choice, in parameters, bytes or nanoseconds.
+        admits: tells which choices are offered.
+        step: what ranks of a form and a shape are multiples of; None: what the recipe says.
+        then: the budget in time to be spent instead, given the choices within this one.
     """
 
     limit: int | None
     what: str
     words: Callable[[int], str] = str
     cost: Callable[[Choice], int] = lambda choice: choice.parameters
+    admits: Callable[[Choice], bool] = lambda choice: True
+    step: Callable[[Form, tuple[int, int]], int] | None = None
+    then: "Callable[[Sequence[Choice]], Budget] | None" = None
 
     def spent(self, choices: Sequence[Choice]) -> int:
         """Return what `choices` cost."""

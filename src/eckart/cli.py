@@ -51,14 +51,18 @@ from .terminal import (
     EvalDataSources,
     EvalSources,
     ForeignSources,
+    Latency,
     Model,
     NoCache,
+    Objective,
     Overwrite,
     Page,
     Remote,
     RunCache,
     Sources,
     Storage,
+    Times,
+    Workload,
     failures,
     show,
     work_folder,
@@ -103,6 +107,10 @@ def compress(
     energy: Annotated[
         float | None, typer.Option(help="Share of every squared spectrum to hold instead.")
     ] = None,
+    latency: Latency = None,
+    objective: Objective = None,
+    workload: Workload = None,
+    times: Times = None,
     max_ppl_increase: Annotated[
         str | None,
         typer.Option(help="The smallest keep whose measured perplexity is e.g. 3% above dense, instead."),
@@ -135,6 +143,10 @@ def compress(
     ] = None,
     depth: Annotated[
         bool | None, typer.Option("--depth/--no-depth", help="Whole blocks may be left out.")
+    ] = None,
+    share_inputs: Annotated[
+        bool | None,
+        typer.Option("--share-inputs/--own-inputs", help="q, k, v and gate, up may share a right factor."),
     ] = None,
     landmarks: Annotated[
         str | None, typer.Option(help="Channels to keep: by curvature, leverage or energy.")
@@ -188,9 +200,11 @@ def compress(
     """Make a model smaller and say what it cost."""
     given = {
         "model": model, "keep": keep, "of": of, "size": size, "rank": rank, "energy": energy,
+        "latency": latency, "objective": objective, "workload": workload,
+        "times": None if times is None else str(times),
         "max_ppl_increase": max_ppl_increase,
         "method": method, "form": form, "storage": storage, "embeddings": embeddings,
-        "stock": stock, "depth": depth, "split": split, "landmarks": landmarks,
+        "stock": stock, "depth": depth, "split": split, "share_inputs": share_inputs, "landmarks": landmarks,
         "allocation": allocation, "multiple": multiple,
         "task": task, "data": tuple(data or ()), "eval_data": tuple(eval_data or ()),
         "text": tuple(text or ()), "eval_text": tuple(eval_text or ()),
@@ -242,7 +256,8 @@ def _print_plan(resolved: Recipe, as_json: bool) -> None:
     remote = resolved.trust_remote_code
     model = hub.skeleton(resolved.model, task=resolved.task, trust_remote_code=remote)
     stored = hub.stored_dtype(resolved.model, trust_remote_code=remote)
-    plan = planning.plan(resolved, model, stored)
+    with Bars() as bars:
+        plan = planning.plan(resolved, model, stored, bars.watch)
     show(json.dumps(report.plan_dict(plan), indent=2) if as_json else report.plan_table(plan), as_json)
 
 

@@ -18,6 +18,7 @@ from . import calibrate, mixtures, models
 from .chain import Chain, chain, matching
 from .errors import NotPositiveDefinite
 from .factors import FactoredLinear, LowRank, PartialLinear, PivotedLinear, build
+from .joint import JointLinear
 from .linalg import Metric, to_float64, weighted_svd
 from .shared import SharedLinear
 
@@ -125,6 +126,9 @@ def refit(
                     target = weight + mixture * anchored(weight @ (cross - gram), gram, damp)
                     _differ(module, target, inputs, metrics.metric(name, weight.shape[0], damp))
                     continue
+                if isinstance(module, JointLinear):
+                    _continue(module, weight, gram, cross, mixture, damp)
+                    continue
                 if not isinstance(module, FactoredLinear | PivotedLinear):
                     _adjust(module, weight, gram, cross, mixture, damp)
                     continue
@@ -184,6 +188,21 @@ def _differ(module: SharedLinear, target: Tensor, inputs: Metric, outputs: Metri
     found = LowRank(svd.left[:, :rank], svd.right[:rank]).balanced()
     difference.left.copy_(found.left)
     difference.right.copy_(found.right)
+
+
+def _continue(
+    module: JointLinear, weight: Tensor, gram: Tensor, cross: Tensor, mixture: float, damp: float
+) -> None:
+    """Solve for what goes on from a joint product; that itself belongs to others, too.
+
+    Where the product has a bias, moments about zero do not tell it from the map, and all stays.
+    """
+    if module.up is None or module.down.bias is not None:
+        return
+    if module.order is not None:
+        # Rows that stand in the joint product come first in the order.
+        weight = weight[torch.argsort(module.order.to(torch.int64))[module.own :]]
+    _adjust(module.up, weight, gram, cross, mixture, damp)
 
 
 def _adjust(

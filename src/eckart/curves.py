@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import prediction
 from .errors import ConfigError
 from .measure import Perplexity
+from .pages.notebook import Shown
 from .prediction import Correction
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Use:
 
 
 @dataclass(frozen=True, slots=True)
-class BudgetCurve:
+class BudgetCurve(Shown):
     """Loss against size for one model and method, from one calibration.
 
     Args:

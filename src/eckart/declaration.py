@@ -14,14 +14,17 @@ from .errors import StoreError
 from .experts import Experts
 from .factors import FORMS, FactoredLinear, NarrowLinear, PartialLinear
 from .fused import Layout, SplitLinear
+from .joint import JointLinear
 from .quant.corrected import CorrectedLinear
 from .quant.storage import STORAGES
 from .quant.stored import StoredLinear
 from .shared import SharedLinear, sources
 
 NAME = "eckart"
-FORMAT = 5
-READS = (1, 2, 3, 4, 5)
+FORMAT = 6
+READS = (1, 2, 3, 4, 5, 6)
+_PLAIN_FORMAT = 5
+"""Of folders without joint projections, which an eckart of that format reads."""
 KINDS = (*FORMS, CorrectedLinear.kind, FactoredEmbedding.kind, FactoredHead.kind)
 _LEGAL_NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 
@@ -40,7 +43,9 @@ class EckartConfig(QuantizationConfigMixin):  # type: ignore[misc]
             that stores some of its rows or columns (eckart.factors.PartialLinear); or
             {"kind": "shared", "rank": r, "scaled": s} for one whose base others share
             (eckart.shared.SharedLinear), with "source": the name of the module that has it, unless it is its
-            own, and a difference of rank r or none (0).
+            own, and a difference of rank r or none (0); or {"kind": "joint", "rank": r, "own": o} for one
+            that goes on from a joint product of rank r (eckart.joint.JointLinear), with "basis": the name
+            of the module whose `down` that is, unless it is its own, and "own" only where it is pivoted.
         storage: dotted name of an nn.Linear or nn.Embedding, or of one inside of the modules above -> the
             name of its storage (eckart.quant.storage.STORAGES); or {"table": t} for what is tied in an
             output head to the stored embeddings t.
@@ -104,6 +109,9 @@ def _check_declaration(name: str, spec: Mapping[str, Any]) -> None:
     elif spec.get("kind") == SharedLinear.kind:
         _check_shared(name, spec)
         return
+    elif spec.get("kind") == JointLinear.kind:
+        _check_joint(name, spec)
+        return
     else:
         numbers, wanted = [spec.get("rank")], {"kind", "rank"}
         if spec.get("kind") == FactoredLinear.kind and "basis" in spec:
@@ -157,6 +165,16 @@ def _check_shared(name: str, spec: Mapping[str, Any]) -> None:
         )
 
 
+def _check_joint(name: str, spec: Mapping[str, Any]) -> None:
+    legal = set(spec) - {"basis", "own"} == {"kind", "rank"} and isinstance(spec.get("basis", ""), str)
+    pairs = [(spec.get("rank"), 1), (spec.get("own", 0), 0)]
+    if not legal or any(isinstance(n, bool) or not isinstance(n, int) or n < least for n, least in pairs):
+        raise StoreError(
+            f"config.json declares {name} as {dict(spec)}: legal for the kind joint are a rank of at least "
+            "1, own of at least 0, and the name of a basis"
+        )
+
+
 def _check_storage(name: str, stored: object) -> None:
     if not _LEGAL_NAME.fullmatch(name):
         raise StoreError(f"config.json declares a stored module {name!r}: not a dotted module name")
@@ -181,8 +199,12 @@ def declare(model: nn.Module) -> EckartConfig:
         if isinstance(part, StoredLinear) and part.narrow is not None:
             shape = [part.out_features, part.in_features]
             modules[name] = {"kind": NarrowLinear.kind, "shape": shape, "copies": part.narrow[1]}
+    kinds_there = {spec["kind"] for spec in modules.values()}
     return EckartConfig(
-        modules, {name: _stored(model, part) for name, part in parts.items()}, _unfolded(model)
+        modules,
+        {name: _stored(model, part) for name, part in parts.items()},
+        _unfolded(model),
+        FORMAT if JointLinear.kind in kinds_there else _PLAIN_FORMAT,
     )
 
 
@@ -213,4 +235,6 @@ def _spec(module: models.LowRankModule) -> dict[str, Any]:
         return {"kind": module.kind, "kept": module.kept, "side": module.side}
     if isinstance(module, SharedLinear):
         return {"kind": module.kind, "rank": module.rank, "scaled": module.scale is not None}
+    if isinstance(module, JointLinear) and module.own is not None:
+        return {"kind": module.kind, "rank": module.rank, "own": module.own}
     return {"kind": module.kind, "rank": module.rank}

@@ -95,6 +95,7 @@ def factored(
                 calibrated,
                 progress,
                 open_ones.bases,
+                open_ones.readings,
             )
         return Factored(parts, calibrated, [*said, *lacking])
 

@@ -6,12 +6,15 @@ import torch
 from torch import nn
 
 from .factors import LowRankLinear, NarrowLinear, PartialLinear
+from .joint import JointLinear
 from .quant.corrected import CorrectedLinear
 from .shared import SharedLinear
 
 
 @torch.no_grad()
-def dense_linear(module: LowRankLinear | NarrowLinear | PartialLinear | SharedLinear) -> nn.Linear:
+def dense_linear(
+    module: LowRankLinear | NarrowLinear | PartialLinear | SharedLinear | JointLinear,
+) -> nn.Linear:
     """Return the nn.Linear (m, n) that computes what `module` does; the product is formed in float64.
 
     Rows and columns that were left out come back as zeros.

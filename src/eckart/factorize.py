@@ -19,7 +19,9 @@ from .losses import Batches
 from .models import Target
 from .quant import noise
 from .quant.noise import Noise
+from .readings import Reading
 from .recipe import Recipe
+from .stacking import stacked_svd
 from .stats import Stats
 from .width import Narrowing
 from .windows import Rows
@@ -114,6 +116,7 @@ class Decomposed:
         heads: attentions whose heads may be.
         blocks: what it costs to leave out each block that may be.
         bases: names of the matrices that share a right factor; their parts are cuts of one decomposition.
+        readings: matrices of one input that may have a common right factor; each has a part for the stack.
     """
 
     parts: Mapping[str, Decomposition]
@@ -121,6 +124,11 @@ class Decomposed:
     heads: Sequence[Heads]
     blocks: Mapping[str, float]
     bases: Sequence[tuple[str, ...]] = ()
+    readings: Sequence[Reading] = ()
+
+    def reading(self, basis: tuple[str, ...]) -> Reading | None:
+        """Return the reading whose stack has the right factor common to the matrices `basis`, if one has."""
+        return next((found for found in self.readings if found.members == basis), None)
 
     def shared(self) -> dict[str, tuple[Heads, str]]:
         """Return, for each linear of `heads`, its heads and the part that it shares with another."""
@@ -182,6 +190,7 @@ def factor(
     calibrated: Calibrated,
     progress: Callable[[int, int], None],
     bases: Sequence[tuple[str, ...]] = (),
+    readings: Sequence[Reading] = (),
 ) -> tuple[dict[str, Part], list[str]]:
     """Return the decomposition of every target and dimension, and warnings about moments that lack tokens.
 
@@ -196,7 +205,11 @@ def factor(
         own_heads = [attention for attention in heads if attention.output in own]
         together = [names for names in bases if own.issuperset(names)]
         alone = [target for target in group if not any(target.name in names for names in together)]
-        parts |= factor_block(recipe, model, alone, inside, own_heads, calibrated, short)
+        roots: dict[str, Metric] = {}
+        parts |= factor_block(recipe, model, alone, inside, own_heads, calibrated, short, roots)
+        for reading in readings:
+            if own.issuperset(reading.members):
+                parts[reading.name] = factor_reading(recipe, model, group, reading, calibrated, roots)
         for names in together:
             parts |= factor_basis(recipe, model, [t for t in group if t.name in names], calibrated)
         if not recipe.stores:  # what is rounded later is rounded in these metrics
@@ -256,6 +269,25 @@ def factor_basis(
         target.name: Part(WeightedSVD(left, found.right, found.spectrum), 1.0)
         for target, left in zip(members, cuts, strict=True)
     }
+
+
+def factor_reading(
+    recipe: Recipe,
+    model: nn.Module,
+    group: Sequence[Target],
+    reading: Reading,
+    calibrated: Calibrated,
+    shared: dict[str, Metric],
+) -> Part:
+    """Decompose matrices that read the same input as one above the other, each in its own output metric.
+
+    They see the same tokens, so the unit of one is that of all.
+    """
+    members = [target for target in group if target.name in reading.members]
+    metrics = [matrix_metrics(recipe, target, calibrated, shared) for target in members]
+    weights = [models.weight(model, target) for target in members]
+    unit = loss_unit(recipe.resolved_method(), calibrated, members[0].name)
+    return Part(stacked_svd(weights, metrics[0][0], [outputs for _, outputs in metrics]), unit)
 
 
 def factor_block(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import channels, joint, models
+from . import channels, common_pivots, models
 from .channels import Channels
 from .errors import ModelError
 from .factors import FactoredLinear, PivotedLinear
@@ -31,7 +31,7 @@ class Gathers:
     left: tuple[str, ...]
 
 
-def fuse(model: Any, *, joint_pivots: bool = False, bound: float = joint.BOUND) -> Any:
+def fuse(model: Any, *, joint_pivots: bool = False, bound: float = common_pivots.BOUND) -> Any:
     """Make the low-rank maps of `model` run fast, in place, and return it.
 
     Products run with nothing around them. What a pivoted map would have to
@@ -95,7 +95,7 @@ def _fold(
         return None
     several = list(pivoted.values())
     if joint_pivots and len(several) > 1 and all(map(_is_float, several)) and not _in_one_order(several):
-        joint.align(several, bound)
+        common_pivots.align(several, bound)
     places = torch.argsort(several[0].order.to(torch.int64))
     return (found, places, next(iter(pivoted))) if channels.free(home, found, places) else None
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import models
-from .choices import Choice, Options, dense, narrow
+from .choices import Budget, Choice, Options, dense, narrow
 from .dimensions import Dimension
 from .factors import Form
 from .heads import Heads
@@ -15,6 +15,7 @@ from .models import Target
 from .quant import storage
 from .quant.noise import Noise
 from .ranks import Curve, either, legal_ranks, legal_widths, together, width_curve
+from .readings import Reading
 from .recipe import AUTO, FLOAT, Recipe
 
 AUTOMATIC = (FLOAT, "int8", "int6", "int5", "int4", "nf4-dq", "int3", "int2")
@@ -50,12 +51,19 @@ class Kitchen:
     Args:
         recipe: form, multiple, storages.
         estimates: of losses.
-        cost: of a choice, in parameters or bytes.
+        budget: what a choice costs in it, and which it admits.
+        readings: matrices that may have a common right factor.
     """
 
     recipe: Recipe
     estimates: Estimates
-    cost: Callable[[Choice], int]
+    budget: Budget
+    readings: Sequence[Reading] = ()
+
+    @property
+    def cost(self) -> Callable[[Choice], int]:
+        """What a choice costs."""
+        return self.budget.cost
 
     def menus(
         self,
@@ -84,12 +92,46 @@ class Kitchen:
             mlp = dimension is not None and dimension.kind == "mlp"
             rate = max(exchange, 1.0) if mlp else 1.0
             alone = {target.name: self._alone(target, rate) for target in targets}
-            inside = together(list(alone.values())) if own is None else self._by_heads(own, alone)
+            inside = together(self._each(targets, alone, rate)) if own is None else self._by_heads(own, alone)
             if dimension is not None:
                 cheaper = min(exchange, 1.0) if mlp else 1.0
                 inside = either([*self._narrowed(targets, dimension, cheaper), inside])
             menus.append(inside)
-        return [*menus, *(self._alone(target) for target in left.values())]
+        rest = {name: self._alone(target) for name, target in left.items()}
+        return [*menus, *self._each(list(left.values()), rest, 1.0)]
+
+    def _each(self, targets: Sequence[Target], alone: Mapping[str, Options], rate: float) -> list[Options]:
+        """Return the menus `alone` of `targets`, those of one input joined, with the common factor."""
+        by_name = {target.name: target for target in targets}
+        menus = dict(alone)
+        for reading in self.readings:
+            if by_name.keys() >= set(reading.members):
+                apart = together([menus.pop(name) for name in reading.members])
+                common = self._common([by_name[name] for name in reading.members], reading, rate)
+                menus[reading.name] = either([common, apart])
+        return list(menus.values())
+
+    def _common(self, members: Sequence[Target], reading: Reading, rate: float) -> Options:
+        """Return the stack of `members` at every rank that is worth it, and dense."""
+        form = reading.form(self.recipe.resolved_method().low_rank)
+        assert form is not None
+        tail, whole = rate * self.estimates.losses[reading.name], tuple(dense(target) for target in members)
+        highest = len(tail) - 1
+        if not reading.once:  # then each is an ordinary product of two factors
+            highest = min(highest, *(target.shape[0] for target in members))
+        options, costs = [], []
+        for rank in range(self.recipe.step(), highest + 1, self.recipe.step()):
+            option = tuple(Choice(target, form, rank, basis=reading.members) for target in members)
+            price = sum(map(self.cost, option))
+            if price < sum(map(self.cost, whole)):
+                options.append(option)
+                costs.append(price)
+        places = torch.tensor([option[0].rank for option in options], dtype=torch.int64)
+        return Curve(
+            (*options, whole),
+            (*costs, sum(map(self.cost, whole))),
+            (*tail[places].tolist(), 0.0),
+        )
 
     def _alone(self, target: Target, rate: float = 1.0) -> Options:
         """Return what one matrix may become by itself: any storage, dense or at any rank that is worth it."""
@@ -103,8 +145,10 @@ class Kitchen:
         if form is not None:
             tail = rate * self.estimates.losses[target.name]
             noises = self._noises(target.name, stored, len(tail))
-            ranks = legal_ranks(form, target.shape, self.recipe.step())
+            step = self.recipe.step() if self.budget.step is None else self.budget.step(form, target.shape)
+            ranks = legal_ranks(form, target.shape, step)
             chosen = [Choice(target, form, rank, storage=stored) for rank in ranks]
+            chosen = [choice for choice in chosen if self.budget.admits(choice)]
             fitting = [(c, p) for c in chosen if (p := self.cost(c)) < costs[0]]
             places = torch.tensor([choice.rank for choice, _ in fitting], dtype=torch.int64)
             losses = [*(tail + noises)[places].tolist(), *losses]
@@ -130,16 +174,17 @@ class Kitchen:
         found: list[Options] = []
         for stored in storages(self.recipe, members[0]):
             noise = sum(self._noise(target.name, stored) for target in members)
-            options = [
-                tuple(
+            options = {
+                width: tuple(
                     narrow(t, width, units, "columns" if t.name == dimension.reader else "rows", stored)
                     for t in members
                 )
                 for width in widths
-            ]
-            costs = [sum(map(self.cost, option)) for option in options]
-            losses = [float(tail[width]) + noise * width / units for width in widths]
-            found.append(Curve(tuple(options), tuple(costs), tuple(losses)))
+            }
+            options = {width: own for width, own in options.items() if all(map(self.budget.admits, own))}
+            costs = [sum(map(self.cost, own)) for own in options.values()]
+            losses = [float(tail[width]) + noise * width / units for width in options]
+            found.append(Curve(tuple(options.values()), tuple(costs), tuple(losses)))
         return found
 
     def _by_heads(self, heads: Heads, alone: Mapping[str, Options]) -> Options:

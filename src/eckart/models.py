@@ -16,6 +16,7 @@ from . import kinds, mixtures
 from .embeddings import FactoredEmbedding, FactoredHead, share
 from .errors import ModelError
 from .factors import FactoredLinear, Form, LowRankLinear, NarrowLinear, PartialLinear
+from .joint import JointLinear, bind, counted_twice
 from .quant.corrected import CorrectedLinear
 from .quant.stored import StoredEmbedding, StoredHead, StoredLinear, StoredReturn
 from .shared import SharedLinear, common
@@ -26,6 +27,7 @@ LowRankModule = (
     | PartialLinear
     | CorrectedLinear
     | SharedLinear
+    | JointLinear
     | FactoredEmbedding
     | FactoredHead
 )
@@ -278,6 +280,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` is, in the training mode of what it replaces; it stands for the same."""
     before = model.get_submodule(name)
     model.set_submodule(name, kinds.stands_for(module, before).train(before.training))
+    bind(model.get_submodule(name.rpartition(".")[0]))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -314,11 +317,11 @@ def tie(model: Any) -> None:
 
 
 def bases(model: nn.Module) -> dict[str, str]:
-    """Return, for each factored linear that shares its right factor with an earlier one, that one's name."""
+    """Return, for each linear that shares its right factor with an earlier one, that one's name."""
     firsts: dict[int, str] = {}
     found: dict[str, str] = {}
     for name, module in low_rank_modules(model).items():
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLinear | JointLinear):
             first = firsts.setdefault(id(module.down), name)
             if first != name:
                 found[name] = first
@@ -356,12 +359,14 @@ def flops_per_token(model: nn.Module) -> int:
     experts, as many as a token goes to.
     """
     shares = mixtures.active_shares(model, all_blocks(model))
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
     return round(
         sum(
             2 * module.in_features * module.out_features * shares.get(owner(name, shares) or "", 1.0)
             for name, module in model.named_modules(remove_duplicate=False)  # what is shared runs for each
             if isinstance(module, _PRODUCTS)
         )
+        - 2 * counted_twice(modules)
     )
 
 

@@ -25,6 +25,7 @@ from . import (
     planning,
     plugin,
     reading,
+    readings,
     rebuild,
     running,
     selection,
@@ -33,6 +34,7 @@ from . import (
     stores,
     storing,
     text,
+    timekeeping,
 )
 from .accounting import sizes
 from .cached import Cached
@@ -41,12 +43,14 @@ from .choices import Choice
 from .errors import ModelError
 from .factorize import Decomposed
 from .healing import Refined
+from .latency import Timing
 from .linalg import check_matrix
 from .models import Target
 from .recipe import Recipe, to_yaml
 from .result import Measured, Module, Quality, Result, Sizes
 from .shelf import Shelf
 from .stages import Run, Watch, silent
+from .timed import Timed
 from .windows import Rows, Windows
 
 
@@ -63,6 +67,8 @@ class Prepared:
     dense_foreign: Measured | None
     calibrated: Calibrated
     run: Run
+    timed: Timed | None = None
+    measured: float | None = None
 
 
 def prepare(
@@ -107,7 +113,10 @@ def _prepared(
     found = planning.targets_of(recipe, model)
     for target in found:
         check_matrix(models.weight(model, target), target.name)
-    suspected, limit = dimensions.find(model, found), planning.limit_of(recipe, model, found, loaded.stored)
+    dtype = planning.output_dtype(recipe, loaded.stored)
+    timed = planning.times_of(recipe, model, found, loaded.stored, run.watch)
+    limit = planning.limit_of(recipe, model, found, loaded.stored, timed)
+    suspected = dimensions.find(model, found)
     bases = planning.bases_of(recipe, model, found, suspected)
     # An unreachable budget is refused now, not after the calibration.
     selection.unseen(recipe, limit, model, found, suspected, bases)
@@ -115,19 +124,33 @@ def _prepared(
     narrowable = planning.dimensions_of(recipe, model, found, texts)
     selection.unseen(recipe, limit, model, found, narrowable, bases)
     attentions = planning.heads_of(recipe, model, found) if texts.is_text else []
+    same = readings.find(model, found, running.outputs(model, texts)) if recipe.share_inputs else []
     cached = None
     if shelf is not None and texts.is_text:
         with run.stage("look into cache"):
             cached = Cached.of(shelf, model, loaded.source, run.warnings)
     dense = decomposing.measure_dense(run, model, texts.held_out, cached)
     dense_foreign = decomposing.measure_dense(run, model, texts.foreign, cached)
-    open_ones = Decomposed({}, narrowable, attentions, {}, bases)
+    open_ones = Decomposed({}, narrowable, attentions, {}, bases, same)
     blocks = decomposing.block_losses(recipe, model, found, texts, run, cached)
     factored = decomposing.factored(recipe, model, found, open_ones, texts, run, cached)
     run.warnings.extend(factored.warnings)
-    before = sizes(model, found, planning.output_dtype(recipe, loaded.stored))
+    before = sizes(model, found, dtype)
     decomposed = replace(open_ones, parts=factored.parts, blocks=blocks)
-    return Prepared(loaded, found, decomposed, before, texts, dense, dense_foreign, factored.calibrated, run)
+    passed = timekeeping.measured(timed, model, found, run)
+    return Prepared(
+        loaded,
+        found,
+        decomposed,
+        before,
+        texts,
+        dense,
+        dense_foreign,
+        factored.calibrated,
+        run,
+        timed,
+        passed,
+    )
 
 
 def _material(recipe: Recipe, loaded: hub.Loaded, run: Run, material: Windows | None) -> Windows:
@@ -156,7 +179,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     dtype, texts = planning.output_dtype(recipe, loaded.stored), prepared.texts
     anchored = recipe.resolved_method().target == "anchored"
     original = copy.deepcopy(loaded.model) if recipe.heal is not None or anchored else None
-    model, found, modules, kept = _made(recipe, prepared)
+    model, found, modules, kept, timing = _made(recipe, prepared)
     if anchored:
         _anchor(recipe, prepared, model, original)
     if recipe.stores:
@@ -172,6 +195,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         compressed = decomposing.measured(run, "measure compressed", model, texts.held_out)
         elsewhere = decomposing.measured(run, "measure compressed", model, texts.foreign)
     modules = assemble.updated(modules, found, model)
+    timing = timekeeping.with_measured(timing, prepared.measured, model, found, run)
     plugin.mark(kinds.fold(model))
     after = replace(after, bytes=accounting.written_bytes(model, dtype))
     predicted = sum(module.loss for module in modules)
@@ -198,6 +222,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         one_shot=one_shot,
         foreign=Quality.of(prepared.dense_foreign, foreign, elsewhere),
         healing=healing,
+        timing=timing,
     )
 
 
@@ -205,11 +230,13 @@ Kept = list[tuple[Choice, str]]
 """Each choice that is in the model, with the name that its matrix has there."""
 
 
-def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept]:
+def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept, Timing | None]:
     """Choose, and put the modules into the model; return it, its targets and what became of them."""
     run, found, model = prepared.run, prepared.found, prepared.loaded.model
-    dtype = planning.output_dtype(recipe, prepared.loaded.stored)
-    limit = planning.limit_of(recipe, model, found, prepared.loaded.stored)
+    stored = prepared.loaded.stored
+    dtype = planning.output_dtype(recipe, stored)
+    timed = planning.times_of(recipe, model, found, stored, run.watch, prepared.timed)
+    limit = planning.limit_of(recipe, model, found, stored, timed)
     with run.stage("choose") as progress:
         trial, decomposed = prepared.texts.trial, prepared.decomposed
 
@@ -233,7 +260,8 @@ def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[M
     left = rebuild.moved(found, prepared.loaded.model, dropped)
     names = [target.name for target in left]
     kept = zip([choice for choice in choices if choice.form != "dropped"], names, strict=True)
-    return model, left, modules, list(kept)
+    timing = None if timed is None else timed.timing(recipe.resolved_objective, found, choices)
+    return model, left, modules, list(kept), timing
 
 
 def _store(recipe: Recipe, prepared: Prepared, model: Any, kept: Kept) -> None:
@@ -249,15 +277,8 @@ def _anchor(recipe: Recipe, prepared: Prepared, model: Any, original: Any) -> No
     assert isinstance(prepared.texts.calibration, Tensor)
     with prepared.run.stage("anchor") as progress:
         metrics = closed.Metrics({})
-        closed.refit(
-            model,
-            original,
-            prepared.texts.calibration,
-            1.0,
-            metrics=metrics,
-            damp=recipe.damp,
-            watch=progress,
-        )
+        rows = prepared.texts.calibration
+        closed.refit(model, original, rows, 1.0, metrics=metrics, damp=recipe.damp, watch=progress)
 
 
 def _healed(

@@ -6,13 +6,30 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import dimensions, heads, hub, kinds, models, running, selection, sharing, splitting
+from . import (
+    dimensions,
+    heads,
+    hub,
+    kinds,
+    latency,
+    losses,
+    models,
+    running,
+    selection,
+    sharing,
+    splitting,
+    timed,
+    timekeeping,
+)
 from .choices import Budget, Choice, fixed_bytes, settle
 from .dimensions import Dimension
 from .errors import ConfigError, ModelError
 from .heads import Heads
+from .latency import Timing
 from .models import Target
 from .recipe import FLOAT, Recipe
+from .stages import Watch
+from .timed import Timed
 from .windows import Windows
 
 
@@ -28,10 +45,13 @@ class Plan:
     choices: list[Choice]
     model_parameters: int
     exact: bool
+    timing: Timing | None = None
 
 
-def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
+def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype, watch: Watch | None = None) -> Plan:
     """Return the plan of `recipe` for `model`, which may be a skeleton on the meta device.
+
+    `watch` is called with (stage, done, total) where times of maps have to be measured first.
 
     Raises:
         ModelError: there is nothing in the model that can be treated, or a pattern matches nothing.
@@ -46,13 +66,15 @@ def plan(recipe: Recipe, model: nn.Module, stored: torch.dtype) -> Plan:
     model = kinds.on_meta(model)
     splitting.unfold(model, recipe.split == "fused")
     found = targets_of(recipe, model)
-    limit = limit_of(recipe, model, found, stored)
+    times = times_of(recipe, model, found, stored, watch)
+    limit = limit_of(recipe, model, found, stored, times)
     decided_by_spectra = recipe.resolved_method().allocation == "curvature" or recipe.energy is not None
     suspected = dimensions.find(model, found)
     bases = bases_of(recipe, model, found, suspected)
     choices = selection.unseen(recipe, limit, model, found, suspected, bases)
     exact = not decided_by_spectra and not recipe.stock and recipe.split == "none"
-    return Plan(recipe, choices, models.parameter_count(model), exact)
+    timing = None if times is None else times.timing(recipe.resolved_objective, found, choices)
+    return Plan(recipe, choices, models.parameter_count(model), exact, timing)
 
 
 def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
@@ -63,14 +85,42 @@ def targets_of(recipe: Recipe, model: nn.Module) -> list[Target]:
     return [*found, *models.ends(model, found, recipe.exclude)] if stored else found
 
 
-def limit_of(recipe: Recipe, model: nn.Module, found: Sequence[Target], stored: torch.dtype) -> Budget:
-    """Return what there is to spend on `found`."""
+def times_of(
+    recipe: Recipe,
+    model: nn.Module,
+    found: Sequence[Target],
+    stored: torch.dtype,
+    watch: Watch | None = None,
+    known: Timed | None = None,
+) -> Timed | None:
+    """Return the times that decide, on the device and in the dtype that the model is computed in.
+
+    See eckart.timekeeping.timed.
+    """
+    place = losses.device_of(model)
+    if place.type == "meta":
+        place = hub.device(recipe.device)
+    dtype = hub.compute_dtype(output_dtype(recipe, stored), place)
+    return timekeeping.timed(recipe, model, found, place, dtype, watch, known)
+
+
+def limit_of(
+    recipe: Recipe,
+    model: nn.Module,
+    found: Sequence[Target],
+    stored: torch.dtype,
+    times: Timed | None = None,
+) -> Budget:
+    """Return what there is to spend on `found`; `times` are those of `times_of`."""
+    if times is not None and recipe.latency is not None:
+        return timed.in_time(times, latency.parse(recipe.latency), found)
     itemsize = output_dtype(recipe, stored).itemsize
     attentions = dimensions.find(model, found) if _byheads_of(recipe) else []
     fixed = fixed_bytes(
         model, found, recipe.resolved_method().low_rank, itemsize, attentions, itemised=recipe.stores
     )
-    return settle(recipe, found, models.parameter_count(model), fixed, itemsize)
+    budget = settle(recipe, found, models.parameter_count(model), fixed, itemsize)
+    return budget if times is None else timed.within(times, recipe.resolved_objective, budget, found)
 
 
 def output_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:

@@ -47,8 +47,19 @@ class Expected:
 
 
 def at_keep(recipe: Recipe, keep: float) -> Recipe:
-    """Return `recipe` with `keep` for its budget."""
-    return replace(recipe, keep=keep, size=None, rank=None, energy=None, max_ppl_increase=None)
+    """Return `recipe` with `keep` for its budget, and nothing of times."""
+    return replace(
+        recipe,
+        keep=keep,
+        latency=None,
+        objective=None,
+        workload=None,
+        times=None,
+        size=None,
+        rank=None,
+        energy=None,
+        max_ppl_increase=None,
+    )
 
 
 def predict(recipe: Recipe, prepared: Prepared) -> Expected:

@@ -29,6 +29,7 @@ from .calibrate import Calibrated
 from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import ConfigError, ModelError
 from .factorize import matrix_metrics, statistics_of
+from .joint import JointLinear
 from .linalg import Metric
 from .models import LowRankModule, Target
 from .recipe import AUTO, FLOAT, Recipe
@@ -69,6 +70,12 @@ def holdings(model: nn.Module, recipe: Recipe) -> list[Held]:
         treated = plain or isinstance(module, LowRankModule)
         if models.owner(name, blocks) and treated and not inside:
             assert not isinstance(module, FactoredEmbedding | FactoredHead)
+            if isinstance(module, JointLinear):
+                raise ModelError(
+                    f"{name} has its right factor in common with other matrices of its input, which is "
+                    "stored in the output dtype only: compress again without --share-inputs, or "
+                    "eckart.densify it first"
+                )
             rank = getattr(module, "rank", min(module.out_features, module.in_features))
             target = Target(name, (module.out_features, module.in_features))
             skipped = models.match_one(name, recipe.exclude) is not None

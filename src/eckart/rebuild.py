@@ -135,11 +135,24 @@ def without_blocks(model: Any, dropped: Sequence[str]) -> Any:
     declared, blocks = declaration.declare(model), names_without(model, dropped)
     if declared.modules or declared.unfolded:
         modules, unfolded = (
-            {new: spec for name, spec in specs.items() if (new := renamed(name, blocks, dropped)) is not None}
+            {
+                new: _respelled(spec, blocks, dropped)
+                for name, spec in specs.items()
+                if (new := renamed(name, blocks, dropped)) is not None
+            }
             for specs in (declared.modules, declared.unfolded)
         )
-        config.quantization_config = declaration.EckartConfig(modules, unfolded=unfolded).to_dict()
+        config.quantization_config = declaration.EckartConfig(
+            modules, unfolded=unfolded, format=declared.format
+        ).to_dict()
     return build(model, config, dropped)
+
+
+def _respelled(spec: Mapping[str, Any], blocks: Mapping[str, str], dropped: Sequence[str]) -> dict[str, Any]:
+    """Return what is declared of a module with the name of the one that it shares a factor with, now."""
+    if "basis" not in spec:
+        return dict(spec)
+    return {**spec, "basis": renamed(spec["basis"], blocks, dropped)}
 
 
 def block_losses(

@@ -10,6 +10,8 @@ from . import healing, methods
 from .construct import construct, parse_percent, parse_size
 from .errors import ConfigError
 from .healing import Healing
+from .latency import OBJECTIVES, Objective, check_recipe, resolved
+from .method_checks import check_method
 from .methods import ALLOCATIONS, SHAPES, Allocation, Method, Shape
 from .overrides import Override, check_number, listed, rank_rule
 from .quant import correction
@@ -25,9 +27,10 @@ AUTO, FLOAT = "auto", "float"
 """Storages that are none: chosen per matrix, and the output dtype."""
 _STOCK_MULTIPLE = 32
 _CORRECTION_RANK, _CORRECTION_STORAGE = 16, "int8"
-_BUDGETS = ("keep", "size", "rank", "energy", "max_ppl_increase")
+_BUDGETS = ("keep", "size", "rank", "energy", "latency", "max_ppl_increase")
 _LISTS = ("data", "eval_data", "text", "eval_text", "foreign_text", "include", "exclude", "overrides")
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": OBJECTIVES,
     "of": ("model", "linears"),
     "labels": ("text", "sampled"),
     "form": SHAPES,
@@ -41,7 +44,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "correction": tuple(correction.METHODS),
     "correction_storage": (FLOAT, *STORAGES),
 }
-_SWITCHES = ("stock", "depth", "bos", "trust_remote_code")
+_SWITCHES = ("stock", "depth", "share_inputs", "bos", "trust_remote_code")
 _NUMBERS = ("keep", "energy", "damp", "alpha")
 _AT_LEAST = {
     "multiple": 1,
@@ -66,6 +69,11 @@ class Recipe:
         size: bytes of the weight files instead, a number or a text such as "200MB" (10^6).
         rank: the same rank for every matrix instead.
         energy: the share of every (weighted) squared spectrum to hold instead.
+        latency: the time of the treated maps instead: a share of the dense ones' (0.6), or per token (12ms).
+        objective: what the budget is spent in (docs/latency.md): `size`, `latency`, or `balanced`: size, with
+            nothing slower than dense. Default: latency where that is the budget, else size.
+        workload: of times: `decode`, the default, is one token, a number so many tokens at once.
+        times: the JSON file of the table of times; what it lacks is measured and put into it.
         max_ppl_increase: instead the smallest keep whose measured perplexity is above the dense model's by at
             most this percentage, such as "3%".
         method: a preset of eckart.methods.METHODS ...
@@ -74,6 +82,7 @@ class Recipe:
         stock: by width alone and the same in every layer, so that the result is an ordinary model of the
             same architecture, which needs no eckart.
         depth: whole blocks may be left out.
+        share_inputs: matrices that read the same input may have a common right factor, where that costs less.
         landmarks: how the units to keep of a hidden dimension are chosen; default: the method's.
         split: `fused`: projections that are one matrix for queries, keys and values, or for gate and up,
             are treated part by part, with a rank for each (`qkv_proj.v_rows`); `none`: as they are.
@@ -122,12 +131,17 @@ class Recipe:
     size: int | str | None = None
     rank: int | None = None
     energy: float | None = None
+    latency: float | str | None = None
+    objective: Objective | None = None
+    workload: int | str | None = None
+    times: str | None = None
     max_ppl_increase: str | None = None
     method: str = methods.DEFAULT
     allocation: Allocation | None = None
     form: Shape | None = None
     stock: bool = False
     depth: bool = False
+    share_inputs: bool = False
     landmarks: Landmarks | None = None
     split: Split = "none"
     layers: int = 2
@@ -178,9 +192,20 @@ class Recipe:
             raise ConfigError(f"damp {self.damp}: must be >= 0")
         self.size_bytes()
         self.check_budget()
-        self.check_method()
+        check_method(self)
         self.check_storage()
         self.check_correction()
+        check_recipe(self)
+
+    @property
+    def resolved_objective(self) -> Objective:
+        """What the budget is spent in, with the default put in."""
+        return resolved(self.objective, self.latency)
+
+    @property
+    def timed(self) -> bool:
+        """Tell whether times decide."""
+        return self.resolved_objective != "size"
 
     def check_budget(self) -> None:
         """Raise ConfigError unless exactly one budget is given and it is legal."""
@@ -197,37 +222,6 @@ class Recipe:
                     "max_ppl_increase is measured before anything is healed: leave out heal, and heal the "
                     "output afterwards, or give a keep"
                 )
-
-    def check_method(self) -> None:
-        """Raise ConfigError if allocation and method do not fit."""
-        method = self.resolved_method()
-        if self.stock and self.form not in (None, "width"):
-            raise ConfigError(f"stock is a matter of widths alone: form {self.form!r} needs eckart to load")
-        if self.stock and self.split != "none":
-            raise ConfigError(f"stock has the matrices of its architecture: leave out split {self.split!r}")
-        if self.stock and self.overrides:
-            raise ConfigError("stock has one width for all blocks: leave out overrides, or --stock")
-        if self.form == "width" and not all(rule.dense for rule in self.overrides):
-            raise ConfigError("form 'width' gives no matrix a rank: overrides can only say dense")
-        ranked = [name for name in ("rank", "energy") if getattr(self, name) is not None]
-        widths = self.form in ("width", "mixed") or method.low_rank is None or method.form == "shared"
-        if ranked and (self.stock or self.depth or widths):
-            raise ConfigError(
-                f"{ranked[0]} is a rule for ranks: give keep or size with stock, depth or widths, or "
-                "with shared bases"
-            )
-        if method.form == "shared" and method.allocation != "uniform":
-            raise ConfigError("form 'shared' has uniform allocation: use method basis-sharing")
-        if self.depth and method.allocation != "curvature":
-            raise ConfigError(
-                f"depth weighs blocks against ranks and widths by the loss of each: allocation "
-                f"{method.allocation!r} does not; use method eckart"
-            )
-        if self.allocation == "curvature" and method.outputs != "gradient":
-            raise ConfigError(
-                f"allocation 'curvature' needs gradients to have one unit, and method {self.method!r} "
-                "has none: use method eckart or io-svd"
-            )
 
     def check_storage(self) -> None:
         """Raise ConfigError if storage and the rest do not fit."""

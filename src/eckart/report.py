@@ -43,6 +43,8 @@ def remarks(result: Result) -> list[str]:
             f"{kept_dense} of {len(result.modules)} matrices gain nothing at this budget and stay dense"
         )
     found += quality_remarks(result)
+    if result.timing is not None:
+        found += result.timing.remarks()
     if result.recipe.heal is not None:
         found += report_healing.remarks(result.recipe.heal, result.healing, result.foreign)
     return found
@@ -50,7 +52,7 @@ def remarks(result: Result) -> list[str]:
 
 def renderable(result: Result) -> RenderableType:
     """Return the tables that end a run."""
-    rows = [*size_rows(result), *quality_rows(result)]
+    rows = [*size_rows(result), *_time_rows(result), *quality_rows(result)]
     title = f"{result.source}: method {result.recipe.method}, {_budget(result)}"
     parts: list[RenderableType] = [table(title, ("", "before", "after", "share"), rows)]
     if _is_stored(result):
@@ -70,6 +72,10 @@ def renderable(result: Result) -> RenderableType:
     memory = ", ".join(f"{name} {mb(size)}" for name, size in result.peak_memory.items())
     parts.append(Text(f"peak memory: {memory}"))
     return Group(*parts)
+
+
+def _time_rows(result: Result) -> list[tuple[str, str, str, str]]:
+    return [] if result.timing is None else result.timing.rows()
 
 
 STORAGE_COLUMNS = ("storage", "form", "matrices", "parameters", "of their dense size", "bits per parameter")
@@ -94,12 +100,13 @@ def storage_rows(result: Result) -> list[tuple[str, ...]]:
 
 def _budget(result: Result) -> str:
     recipe = result.recipe
+    spent = "" if recipe.objective is None else f", objective {recipe.objective}"
     if recipe.keep is not None:
-        return f"keep {recipe.keep:g} of the {recipe.of}"
-    for name in ("size", "rank", "energy"):
+        return f"keep {recipe.keep:g} of the {recipe.of}{spent}"
+    for name in ("size", "rank", "energy", "latency"):
         value = getattr(recipe, name)
         if value is not None:
-            return f"{name} {value}"
+            return f"{name} {value}{spent}"
     return "no budget"
 
 
@@ -127,7 +134,11 @@ def plan_table(plan: Plan) -> RenderableType:
     rest = whole - before
     rows.append((f"{len(ranked)} linears", "", "", "", f"{before:,}", "?" if unknown else f"{after:,}"))
     rows.append(("model", "", "", "", f"{whole:,}", "?" if unknown else f"{rest + after:,}"))
-    return table(title, ("module", "shape", "rank or width", "storage", "before", "after"), rows)
+    shown = table(title, ("module", "shape", "rank or width", "storage", "before", "after"), rows)
+    if plan.timing is None:
+        return shown
+    times = table("times", ("", "before", "after", "share"), plan.timing.rows())
+    return Group(shown, times, *(Text(f"note: {remark}") for remark in plan.timing.remarks()))
 
 
 def _becomes(choice: Choice) -> str:
@@ -141,6 +152,7 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     return {
         "exact": plan.exact,
         "model_parameters": plan.model_parameters,
+        "timing": None if plan.timing is None else dataclasses.asdict(plan.timing),
         "modules": [
             {
                 "name": choice.target.name,
@@ -181,7 +193,7 @@ def _perplexity_row(name: str, found: Perplexity) -> tuple[str, str, str, str]:
 
 def model_card(result: Result, folder: str) -> str:
     """Return README.md for the output folder."""
-    rows = [*size_rows(result), *quality_rows(result)]
+    rows = [*size_rows(result), *_time_rows(result), *quality_rows(result)]
     smallest = sorted(result.modules, key=lambda module: module.after / module.before)[:_MODULES_SHOWN]
     modules = [
         (m.name, f"{m.shape[0]} x {m.shape[1]}", m.form, str(m.rank), m.storage, share(m.after, m.before))

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .healing import Healing, Refined
+from .latency import Timing
 from .losses import MeasuredLoss
 from .measure import Perplexity
 from .pages.notebook import Shown
@@ -118,7 +119,7 @@ class Result(Shown):
     `compressed` is measured at the end, `one_shot` before the refinements in `healing` (None where there
     are none), and `foreign` is the same for a text of another kind. `search` says how `max_ppl_increase`
     became the recipe's keep. `seconds` are per stage,
-    `peak_memory` in bytes.
+    `peak_memory` in bytes. `timing` is there where times decided.
     """
 
     recipe: Recipe
@@ -144,6 +145,7 @@ class Result(Shown):
     healing: tuple[Refined, ...] = ()
     calibration_unit: str = "tokens"
     task: str = "causal-lm"
+    timing: Timing | None = None
     search: Search | None = None
 
     @property

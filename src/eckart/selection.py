@@ -112,6 +112,7 @@ def at_rate(
     return budget.choose(
         recipe, limit, targets, found.dimensions, Estimates(found.losses(), found.noises()),
         heads=found.heads, exchange=rate, blocks=found.blocks, bases=found.bases,
+        readings=found.readings,
     )  # fmt: skip
 
 

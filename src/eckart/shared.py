@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .errors import RankError
 from .factors import FactoredLinear, LowRank, Replacement
+from .joint import JointLinear
 from .linalg import check_rank, to_float64
 
 
@@ -98,12 +99,14 @@ def sources(model: nn.Module) -> dict[str, str]:
 
 
 def common(model: nn.Module) -> dict[str, str]:
-    """Return, for each weight inside a module that is an earlier module's as well, its name and that one's.
+    """Return, for each tensor inside a module that is an earlier module's as well, its name and that one's.
 
-    Bases of SharedLinear, and right factors of FactoredLinear.
+    Bases of SharedLinear, and right factors of FactoredLinear and JointLinear.
     """
     return {
-        f"{name}.{part}.weight": f"{first}.{part}.weight" for name, (first, part) in _repeated(model).items()
+        f"{name}.{part}.{tensor}": f"{first}.{part}.{tensor}"
+        for name, (first, part) in _repeated(model).items()
+        for tensor, _ in model.get_submodule(f"{first}.{part}").named_parameters(recurse=False)
     }
 
 
@@ -112,7 +115,7 @@ def _repeated(model: nn.Module) -> dict[str, tuple[str, str]]:
     found: dict[str, tuple[str, str]] = {}
     for name, module in model.named_modules():
         inner: Any = None
-        if isinstance(module, SharedLinear | FactoredLinear):
+        if isinstance(module, SharedLinear | FactoredLinear | JointLinear):
             part = "base" if isinstance(module, SharedLinear) else "down"
             inner = getattr(module, part)
             first = firsts.setdefault(id(inner), name)

@@ -16,6 +16,7 @@ from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import StoreError
 from .factors import FORMS, MODULES, FactoredLinear, NarrowLinear, PartialLinear
 from .fused import SplitLinear
+from .joint import JointLinear
 from .quant import storage
 from .quant.corrected import CorrectedLinear
 from .quant.stored import StoredEmbedding, StoredLinear, empty
@@ -134,8 +135,8 @@ def _is_factored(embedding: nn.Module | None, up: nn.Module) -> TypeGuard[Factor
 def _share_basis(model: nn.Module, name: str, first: str) -> None:
     own, other = model.get_submodule(name), dict(model.named_modules()).get(first)
     if not (
-        isinstance(own, FactoredLinear)
-        and isinstance(other, FactoredLinear)
+        isinstance(own, FactoredLinear | JointLinear)
+        and isinstance(other, type(own))
         and own.down.weight.shape == other.down.weight.shape
     ):
         raise StoreError(f"config.json declares that {name} has the basis of {first}, which does not fit")
@@ -158,6 +159,18 @@ def _shared(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
     _check_rank(name, dense, spec["rank"])
     base = nn.Linear(dense.in_features, dense.out_features, bias=False)
     return SharedLinear(base, spec["rank"], spec["scaled"], dense.bias is not None)
+
+
+def _joint(name: str, dense: nn.Linear, spec: Mapping[str, Any]) -> nn.Module:
+    """Return the linear with a common right factor that `spec` declares for `dense`, uninitialised."""
+    rank, own, biased = spec["rank"], spec.get("own"), dense.bias is not None
+    if rank > dense.in_features or (own or 0) > min(rank, dense.out_features):
+        raise StoreError(
+            f"config.json declares a joint rank {rank}, {own or 0} of them its own, for {name}, which is "
+            f"{dense.out_features} x {dense.in_features}: the folder is damaged or mixed"
+        )
+    down = nn.Linear(dense.in_features, rank, bias=own is not None and biased)
+    return JointLinear(down, dense.out_features, own, biased)
 
 
 def _low_rank(name: str, dense: Any, spec: Mapping[str, Any]) -> nn.Module:
@@ -214,6 +227,7 @@ _MAKERS: dict[str, Callable[[str, Any, Mapping[str, Any]], nn.Module]] = {
     PartialLinear.kind: _partial,
     CorrectedLinear.kind: _corrected,
     SharedLinear.kind: _shared,
+    JointLinear.kind: _joint,
 }
 
 

@@ -12,6 +12,7 @@ from . import kinds, models, rebuild
 from .choices import Budget, Choice, dense, narrow
 from .dimensions import Dimension, Kind, narrowed
 from .errors import ModelError
+from .factors import Side
 from .models import Target
 from .ranks import legal_widths
 from .recipe import Recipe
@@ -96,7 +97,8 @@ def _choices(
             choices.append(dense(target))
         else:
             width = widths.get(dimension.kind, dimension.units)
-            choices.append(narrow(target, width, dimension.units))
+            side: Side = "columns" if target.name == dimension.reader else "rows"
+            choices.append(narrow(target, width, dimension.units, side))
     return choices
 
 

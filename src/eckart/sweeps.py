@@ -8,6 +8,7 @@ from .curves import frame
 from .errors import ConfigError
 from .front import front
 from .methods import METHODS, SHAPES
+from .pages.notebook import Shown
 from .quant.storage import STORAGES
 from .recipe import FLOAT
 
@@ -105,7 +106,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class Sweep(Shown):
     """A sweep.
 
     Args:

@@ -50,6 +50,7 @@ _MAPPING = {
     "AutoModelForTextToSpectrogram": "MODEL_FOR_TEXT_TO_SPECTROGRAM_MAPPING_NAMES",
     "AutoModelForTableQuestionAnswering": "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES",
     "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
 }
 
@@ -167,6 +168,8 @@ _KNOWN = (
          _DISTANCE),
     Task("feature-extraction", "AutoModel", "either", "feature-extraction", _DISTANCE),
     Task("text-encoding", "AutoModelForTextEncoding", "texts", "feature-extraction", _DISTANCE),
+    Task("pre-training", "AutoModelForPreTraining", "data", "feature-extraction", _OUTPUTS,
+         Parts((("prediction_logits", -1), ("seq_relationship_logits", -1), ("logits", -1)))),
 )  # fmt: skip
 TASKS: dict[str, Task] = {task.name: task for task in _KNOWN}
 

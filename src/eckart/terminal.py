@@ -80,6 +80,19 @@ Storage = Annotated[
         "rank. Default: auto with --size, else float."
     ),
 ]
+Latency = Annotated[
+    str | None,
+    typer.Option(help="Time of the treated maps instead: a share of the dense, 0.6, or 12ms per token."),
+]
+Objective = Annotated[
+    str | None, typer.Option(help="Spend size, latency, or balanced: size, with nothing slower than dense.")
+]
+Workload = Annotated[
+    str | None, typer.Option(help="Of times: decode (default), or how many tokens at once, as 512.")
+]
+Times = Annotated[
+    Path | None, typer.Option(help="JSON table of times, read; what it lacks is measured and added.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
 Page = Annotated[
     Path | None,

@@ -12,40 +12,32 @@ import torch
 from safetensors.torch import save_file
 
 import eckart
-from eckart import assemble, declaration, factors, kinds, models, plugin, storing
-from eckart.linalg import Metric, truncated_svd
-from eckart.shared import SharedLinear
+from eckart import assemble, declaration, factors, joint, kinds, models, plugin
+from eckart.linalg import truncated_svd
 
 from .. import tiny
 
 
-def low_rank(model: Any, name: str, rank: int, form: factors.Form) -> torch.nn.Module:
-    """Return the module of the matrix `name` at a rank."""
-    linear = models.find(model, name)
-    svd = truncated_svd(linear.weight.detach().double(), rank)
-    map_ = factors.LowRank(svd.left * svd.values, svd.right)
-    return factors.build(map_, form, linear.bias).to(torch.float32)
+def joined(
+    model: Any, holder: str, ends: tuple[str, ...], form: str, rank: int
+) -> dict[str, torch.nn.Module]:
+    """Return the modules of matrices in `holder` with a right factor in common."""
+    names = [f"{holder}.{end}" for end in ends]
+    linears = [models.find(model, name) for name in names]
+    svd = truncated_svd(torch.cat([linear.weight.detach() for linear in linears]).double(), rank)
+    stack = factors.LowRank(svd.left * svd.values, svd.right)
+    made = joint.build(stack, [(linear.out_features, linear.bias) for linear in linears], form)
+    return {name: module.float() for name, module in zip(names, made, strict=True)}
 
 
 def main() -> None:
     folder = Path(__file__).parent / f"format-{declaration.FORMAT}"
-    model: Any = kinds.unfold(tiny.build("mixtral"))
-    names = [target.name for target in models.targets(model)]
-    experts = [name for name in names if ".experts." in name]
-    made = {
-        name: low_rank(model, name, 8 + place % 3, factors.FORMS[place % 2])
-        for place, name in enumerate(experts[:4])
-    }
-    queries = [name for name in names if name.endswith("q_proj")]
-    first = models.find(model, queries[0])
-    base = torch.nn.Linear(first.in_features, first.out_features, bias=False)
-    base.weight = first.weight
-    for rank, name in zip((0, 3), queries, strict=True):
-        made[name] = SharedLinear(base, rank, scaled=rank > 0)
+    model: Any = kinds.unfold(tiny.build("qwen2"))
+    made: dict[str, torch.nn.Module] = {}
+    for block, form in zip(models.block_names(model), factors.FORMS, strict=True):
+        made |= joined(model, f"{block}.self_attn", ("q_proj", "k_proj", "v_proj"), form, 11)
+        made |= joined(model, f"{block}.mlp", ("gate_proj", "up_proj"), form, 9)
     assemble.put(model, made)
-    storing.round_module(
-        model, names[-1], "int8", *map(Metric, reversed(models.find(model, names[-1]).weight.shape))
-    )
     plugin.mark(kinds.fold(model))
     eckart.save(models.cast(model, torch.bfloat16), None, folder)
     (folder / "expected").mkdir()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .. import dense, fusing, models, stores
 from ..experts import Experts
 from ..factors import FactoredLinear, LowRank, PivotedLinear, parameters
+from ..joint import JointLinear
 from ..quant.corrected import CorrectedLinear
 from ..quant.leaves import mixed
 
@@ -66,7 +67,9 @@ def prepare(model: Any, few_bits: bool, multiple: int = 1) -> Any:
     rights = Counter(id(module.down) for module in found.values() if isinstance(module, FactoredLinear))
     for name, module in found.items():
         shared = isinstance(module, FactoredLinear) and rights[id(module.down)] > 1
-        if isinstance(module, FactoredLinear | PivotedLinear) and not shared:
+        if isinstance(module, JointLinear):  # as pivoted maps; mixed factors would have to be those of all
+            models.replace(model, name, dense.dense_linear(module))
+        elif isinstance(module, FactoredLinear | PivotedLinear) and not shared:
             models.replace(model, name, _in_few_bits(module, multiple))
     return model
 

@@ -54,6 +54,7 @@ def check(recipe: Recipe) -> None:
         "heal": recipe.heal is not None,
         "stock": recipe.stock,
         "depth": recipe.depth,
+        "share_inputs": recipe.share_inputs,
         "correction": recipe.correction is not None,
         f"split {recipe.split!r}": recipe.split != "none",
         "form 'shared'": method.form == "shared",
@@ -61,6 +62,12 @@ def check(recipe: Recipe) -> None:
         "form 'width'": method.form == "width",
         f"method {recipe.method!r}": method.target == "anchored",
     }
+    if recipe.timed and (recipe.times is None or not Path(recipe.times).exists()):
+        raise ConfigError(
+            "a plan in time within memory needs its table of times in a file, so that an interrupted run "
+            f"goes on to the same plan, and there is none at {recipe.times}: give times, and make the file "
+            "by the same command with --dry-run, without memory"
+        )
     found = [name for name, asked in unfit.items() if asked]
     if found:
         raise ConfigError(
@@ -156,7 +163,9 @@ def _job(
     measure.check_length(model, recipe.seq_len)
     found = planning.targets_of(recipe, model)
     suspected = dimensions.find(model, found) if recipe.resolved_method().narrows else []
-    selection.unseen(recipe, planning.limit_of(recipe, model, found, stored), model, found, suspected)
+    times = planning.times_of(recipe, model, found, stored)
+    budget = planning.limit_of(recipe, model, found, stored, times)
+    selection.unseen(recipe, budget, model, found, suspected)
     stream = Stream(model, shards, place)
     if team.rank == 0:
         Work.opened(work, _key(recipe, shards, model, texts, place, team))
@@ -201,7 +210,8 @@ def _chosen(job: Job, run: Run) -> tuple[Decomposed, list[Choice]]:
     run.warnings.extend([*said, *shortages(job.recipe, short)])
     found = Decomposed(kept, job.narrowable, [], {})
     recipe, model = job.recipe, job.stream.model
-    limit = planning.limit_of(recipe, model, job.found, job.stored)
+    times = planning.times_of(recipe, model, job.found, job.stored)
+    limit = planning.limit_of(recipe, model, job.found, job.stored, times)
     tried: dict[tuple[Choice, ...], Tensor] = {}
     rates = selection.exchange_rates(recipe, found)
     if len(rates) > 1 and job.texts.trial is not None:

@@ -32,8 +32,8 @@ from transformers import DynamicCache, StaticCache
 
 import eckart
 from eckart import environment, hub, render, text
-from eckart.exports import trace
 from eckart.exports.options import ONNX, OPENVINO
+from eckart.speed.decoding import cache_word
 from eckart.speed.options import FEWEST_RUNS, Rounds
 from eckart.speed.spread import Spread, quotient
 from eckart.speed.timing import in_turn, load_average
@@ -69,7 +69,7 @@ class Eager:
         self.cache = DynamicCache(config=self.model.config)
 
     def feed(self, ids: Tensor, every: bool = False) -> Tensor:
-        word = trace.cache_word(self.model)
+        word = cache_word(self.model)
         keep = 0 if every else 1
         made = self.model(input_ids=ids[None], use_cache=True, logits_to_keep=keep, **{word: self.cache})
         logits: Tensor = made.logits[0]
@@ -96,7 +96,7 @@ class Compiled:
         self.cache.reset()
 
     def feed(self, ids: Tensor, every: bool = False) -> Tensor:
-        word = trace.cache_word(self.model)
+        word = cache_word(self.model)
         keep = 0 if every else 1
         made = self.run(input_ids=ids[None], use_cache=True, logits_to_keep=keep, **{word: self.cache})
         logits: Tensor = made.logits[0]

@@ -131,7 +131,7 @@ LAYERS = {
     "exports.graph": 1,
     "exports.stateful": 2,
     "exports.session": 2,
-    "exports.trace": 5,
+    "exports.trace": 6,
     "exports.check": 7,
     "exports.result": 8,
     "exports.prepare": 8,

@@ -10,8 +10,8 @@ from transformers import DynamicCache
 from .. import models
 from ..divergence import chances, divergence
 from ..errors import ModelError, NotFinite
+from ..speed.decoding import cache_word
 from .session import Session, choose
-from .trace import cache_word
 
 _PROMPTS = (5, 12, 24)
 _WRITTEN = 24

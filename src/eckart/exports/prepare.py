@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dense, models, stores
+from .. import dense, fusing, models, stores
 from ..experts import Experts
 from ..factors import FactoredLinear, LowRank, PivotedLinear, parameters
 from ..joint import JointLinear
@@ -44,7 +44,8 @@ class EveryExpert(nn.Module):
 def prepare(model: Any, few_bits: bool, multiple: int = 1) -> Any:
     """Return `model` without stored and corrected modules; they become the floats that they stand for.
 
-    Experts in single matrices all run, since a graph cannot choose by the tokens.
+    Experts in single matrices all run, since a graph cannot choose by the tokens. Outputs of pivoted maps
+    stay in the order in which they are made where that is exact (eckart.fusing).
 
     Args:
         model: with low-rank modules or without; it is changed, in place.
@@ -61,7 +62,7 @@ def prepare(model: Any, few_bits: bool, multiple: int = 1) -> Any:
         if isinstance(module, Experts):
             model.set_submodule(name, EveryExpert(module))
     if not few_bits:
-        return model
+        return fusing.fuse(model)
     found = models.low_rank_modules(model)
     rights = Counter(id(module.down) for module in found.values() if isinstance(module, FactoredLinear))
     for name, module in found.items():

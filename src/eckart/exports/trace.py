@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..errors import ModelError
+from ..speed.decoding import cache_word
 from . import graph
 
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -40,19 +41,6 @@ class Kept:
         shapes = ((1, heads, length, size) for heads, size in (self.key, self.value))
         key, value = (torch.zeros(shape) for shape in shapes)
         return key, value
-
-
-def cache_word(model: Any) -> str:
-    """Return what the cache is called among the arguments of `model`; newer transformers call it otherwise.
-
-    Raises:
-        ModelError: it takes none.
-    """
-    known = inspect.signature(model.forward).parameters
-    word = next((word for word in ("cache", "past_key_values") if word in known), None)
-    if word is None:
-        raise ModelError(f"{type(model).__name__} takes no keys and values of earlier tokens: not exported")
-    return word
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ def _rows(row: Callable[[int, str], Mapping[str, Any]]) -> Callable[[Inputs, Pat
 
 def _table(_: Inputs, target: Path) -> None:
     rows = (f"{_SENTENCES[index % 4]} {index}\t{index % 2}" for index in range(48))
-    target.write_text("sentence\tlabel\n" + "".join(row + "\n" for row in rows), encoding="utf-8")
+    target.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
 
 
 def _pictures(_: Inputs, target: Path) -> None:

@@ -14,11 +14,13 @@ from . import tiny
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 CAPS = {
-    "--tokens": 2048, "--gradient-tokens": 512, "--eval-tokens": 512, "--seq-len": 64, "--steps": 4,
+    "--tokens": 1024, "--gradient-tokens": 512, "--eval-tokens": 512, "--seq-len": 128, "--steps": 4,
     "--dense-steps": 2, "--batch": 2, "--micro": 2, "--evaluations": 1, "--eval-limit": 4, "--runs": 3,
     "--warmup": 1, "--loads": 0, "--new-tokens": 8, "--fit-tokens": 256, "--hold-tokens": 128, "--points": 3,
     "--vocabulary": 257,
 }  # fmt: skip
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 1024}
 
 Run = Callable[[Path], list[pages.Ran]]
 
@@ -34,7 +36,7 @@ def run(tmp_path: Path, tokenizer: Any, text_file: Path, monkeypatch: pytest.Mon
         sizes = {
             key: int(value) for key, value in (word.split("=") for words in asked for word in words.split())
         }
-        model = tiny.build("llama", **{"max_position_embeddings": 1024} | sizes)
+        model = tiny.build("llama", **SIZES | sizes)
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         folder = tmp_path / "page"

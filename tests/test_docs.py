@@ -9,6 +9,8 @@ import pages
 import pytest
 from page_inputs import Inputs
 
+from eckart.speed import layers
+
 from . import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,7 @@ def run(tmp_path: Path, tokenizer: Any, text_file: Path, monkeypatch: pytest.Mon
     """Run a page on a tiny model, of the sizes that it asks for."""
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setenv("ECKART_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(layers.copies, "__defaults__", (100_000,))  # small maps have many copies else
 
     def run(page: Path) -> list[pages.Ran]:
         asked = re.findall(r"<!-- model: (.*?) -->", page.read_text(encoding="utf-8"))

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint package oldest clean
+.PHONY: install demo test lint docs package oldest clean
 
 install: $(STAMP)
 
@@ -27,6 +27,11 @@ lint: install
 test: lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -W error -n auto
 
+# The documentation as a site, in site/: strict, without network, and every reference in it checked.
+docs: install
+	NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python website/check.py site
+
 # The wheel and the sdist, and the wheel tried in a clean environment.
 package: install
 	bash .ci/package
@@ -36,4 +41,4 @@ oldest: install
 	bash .ci/oldest
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .hypothesis demo-out
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .hypothesis demo-out site

@@ -9,10 +9,10 @@ pages mark blocks is in page_blocks.py; the names that they may use without maki
 
 - python: blocks share one namespace; what a block reads by a "quoted" name of page_inputs.py is made before
   it. It writes to names that are new on the page.
-- bash: a line that begins with `eckart` and has no pipe, redirection or `&&` runs in this process, after
-  deletion of what is there of the name that it gives to --out, --html or --figures. A block with a compound
-  (if, for, while) or a document (<<) is one script, other lines are one script each, with this Python's
-  programs in the path. A block fails by an exit code other than 0.
+- bash: a line that begins with `eckart` and has no pipe or `&&` (`> FILE` may end it) runs in this process,
+  once what is there of the name that it gives to --out, --html or --figures is deleted. A block with a
+  compound (if, for, while) or a document (<<) is one script, other lines are one script each, with this
+  Python's programs in the path. A block fails by an exit code other than 0.
 - yaml is a recipe of eckart, json is JSON: both are parsed.
 - `<!-- model: num_hidden_layers=16 -->` anywhere on a page says what its commands need of the small model
   that tests run them on; the real model is as it is.
@@ -205,8 +205,13 @@ def _run_line(stage: Stage, block: Block, number: int, line: str) -> str:
     if not words:
         return ""
     stage.need(_read(words))
-    if words[0] == "eckart" and not any(_OPERATOR.match(word) for word in words):
-        return _run_command(stage, f"{block.page}:{number}", words[1:])
+    command, file = (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, None)
+    if command[0] == "eckart" and not any(_OPERATOR.match(word) for word in command):
+        said = _run_command(stage, f"{block.page}:{number}", command[1:])
+        if file is None:
+            return said
+        (stage.folder / file).write_text(said, encoding="utf-8")
+        return ""
     return _run_script(block, number, line)
 
 

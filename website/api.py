@@ -40,8 +40,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def _page(name: str) -> str:
-    # The title is the page's own heading: mkdocstrings would make a second one.
-    return f"# eckart.{name}\n\n::: eckart.{name}\n    options:\n      show_root_heading: false\n"
+    return f"---\ntitle: eckart.{name}\n---\n::: eckart.{name}\n    options: {{heading_level: 1}}\n"
 
 
 def _kind(value: Any) -> str:

@@ -13,6 +13,12 @@ from eckart.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 INDEX = "commands/index.md"
 _RANGE = re.compile(r"\s*\[(?P<words>[^\[\]]*)\]\s*$")
+_DEFAULT = re.compile(
+    r"\bin ([(\[]-?[\d.]+, -?[\d.]+[)\]])"  # a range
+    r"|\((\d[^()^]*)\)(?=[.:;,]|$)"  # a default that a recipe keeps, which the help names: (32768)
+    r"|[Dd]efault(?: by method)?: ((?:[^.;)]|\.(?! |$))+)"
+    r"|'?([\w-]+)'? \(default\)"
+)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -75,16 +81,14 @@ def _table(title: str, parameters: list[Any], context: Any) -> str:
 def _row(parameter: Any, context: Any) -> str:
     record = parameter.get_help_record(context)
     names, said = record if record is not None else (parameter.name, parameter.help or "")
-    extra = _RANGE.search(said)
-    words = extra["words"] if extra and re.search(r"default:|required|<|>|env var:", extra["words"]) else ""
-    if words and extra:
-        said = said[: extra.start()]
-    else:  # defaults of recipes are kept in one place, and the help names them in brackets at its end
-        named = re.search(r"\((?P<value>[^()]+)\)\.?$", said) or re.search(
-            r"default: (?P<value>[^.;]+)", said
-        )
-        words = named["value"] if named else ""
-    return f"| `{names.strip()}` | {_cell(said)} | {_cell(words.removeprefix('default: '))} |\n"
+    bracket = _RANGE.search(said)
+    if bracket and re.search(r"default:|required|[<>]", bracket["words"]):
+        said, stated = said[: bracket.start()], [bracket["words"]]
+    else:
+        stated = []
+    words = [*stated, *(match[match.lastindex or 0] for match in _DEFAULT.finditer(said))]
+    shown = "; ".join(dict.fromkeys(word.strip().removeprefix("default: ") for word in words))
+    return f"| `{names.strip()}` | {_cell(said)} | {_cell(shown)} |\n"
 
 
 def _cell(text: str) -> str:

@@ -47,7 +47,7 @@ def heal(
     fit_tokens: Annotated[int | None, typer.Option(help="Tokens for closed and block (32768).")] = None,
     hold_tokens: Annotated[int | None, typer.Option(help="Tokens to decide on (8192).")] = None,
     mixture: Annotated[
-        list[float] | None, typer.Option(help="closed: what to try between own map (0) and anchored (1).")
+        list[float] | None, typer.Option(help="closed: what to try between 0, the own map, and 1, anchored.")
     ] = None,
     train: Annotated[
         str | None, typer.Option(help="factors, blocks (default), all, or adapter on the factors.")

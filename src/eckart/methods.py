@@ -95,7 +95,7 @@ METHODS: dict[str, Method] = {
     "nystrom-mlp": Method(
         "gram", "identity", "uniform", "width", "Lin et al. 2024, arXiv:2408.09632, the MLPs", "leverage"
     ),
-    "eckart": Method("gram", "gradient", "curvature", "mixed", "this package, docs in README"),
+    "eckart": Method("gram", "gradient", "curvature", "mixed", "this package, docs/compress.md"),
 }
 DEFAULT = "eckart"
 

@@ -77,7 +77,7 @@ METHODS: dict[str, Method] = {
     "eora": Method("gram", "identity", 1, "Liu et al. 2024, arXiv:2410.21271"),
     "loftq": Method("identity", "identity", 5, "Li et al. 2023, arXiv:2310.08659"),
     "caldera": Method("gram", "identity", 15, "Saha et al. 2024, arXiv:2405.18886", factors=True),
-    "eckart": Method("gram", "gradient", 1, "this package, docs in README"),
+    "eckart": Method("gram", "gradient", 1, "this package, docs/low-precision.md"),
 }
 """The rows `qera` and `eora` are one: two names of the same optimum."""
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import eckart
 from eckart import ConfigError, ModelError, batches, kinds, losses, models, objectives, running
 from eckart.calibrate import Calibrated, calibrate_batches
 from eckart.losses import Batches
@@ -272,6 +273,20 @@ def test_the_curvature_without_labels_is_that_of_the_distance() -> None:
     expected = second.T @ second
     assert float((moment - expected).norm()) < 0.1 * float(expected.norm())
     assert float((moment - torch.eye(5)).norm()) > 0.2 * float(expected.norm())
+
+
+def test_a_module_without_a_list_of_blocks_is_compressed() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32)).eval()
+    pairs = [(torch.randn(64, 32), torch.randn(64, 32)) for _ in range(3)]
+    options: dict[str, Any] = {"batches": pairs, "inputs": [0], "keep": 0.6, "loss": distance}
+    small, result = eckart.compress(net, **options)
+    assert result.after.model <= 0.6 * result.before.model
+    assert small(pairs[0][0]).shape == (64, 32)
+
+
+def distance(output: Any, pair: Any) -> Any:
+    return (output - pair[1]).square().sum(-1) / 2
 
 
 def test_sampled_labels() -> None:

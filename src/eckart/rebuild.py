@@ -40,6 +40,8 @@ def renamed(name: str, blocks: Mapping[str, str], dropped: Sequence[str]) -> str
 
 def moved(targets: Sequence[Target], model: nn.Module, dropped: Sequence[str]) -> list[Target]:
     """Return the `targets` that are left, under their new names."""
+    if not dropped:  # also where there is no list of blocks
+        return list(targets)
     blocks = names_without(model, dropped)
     pairs = [(target, renamed(target.name, blocks, dropped)) for target in targets]
     return [replace(target, name=name) for target, name in pairs if name is not None]

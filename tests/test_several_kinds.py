@@ -48,7 +48,7 @@ def test_gradients_at_probabilities_are_those_at_their_scores() -> None:
     ):
         total = what.to_differentiate(output, BATCH, "sampled", torch.Generator().manual_seed(1)).total
         found.append(torch.autograd.grad(total, scores)[0])
-    assert torch.allclose(*found, atol=1e-6)
+    assert torch.allclose(found[0], found[1], atol=1e-6)
     assert float(found[0].abs().max()) > 0.1
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import eckart
 from eckart import ConfigError, ModelError, batches, hub, samples, tasks
 from eckart.cli import app
+from eckart.losses import MeasuredLoss
 
 from . import task_cases
 from .perception_cases import CASES
@@ -154,6 +155,7 @@ def test_ctc_is_measured_per_label_whatever_the_model_reduces(reduction: str, tm
     last = {key: value[-1:] for key, value in data.items()}
     last["labels"] = last["labels"][:, :2]
     loss = float(model(**last).loss.detach())
+    assert isinstance(measured, MeasuredLoss)
     assert (measured.unit, measured.terms) == ("label", 2)
     assert measured.loss == pytest.approx(loss / (2 if reduction == "sum" else 1), rel=1e-4)
 

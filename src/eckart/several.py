@@ -141,7 +141,7 @@ def settled(parts: Parts, model: nn.Module, batch: Batch) -> tuple[Several, dict
     extra = _asked(parts, model, batch)
     what = Several(Parts(drawn=parts.drawn) if extra else parts, cut)
     with torch.no_grad():
-        more: dict[Key, Any] = {**extra}
+        more: dict[Key, Any] = dict(extra.items())
         asking = batches.changed(batch, more)
         rows = what.rows(batches.call(model, asking), asking)
     if not any(bool(row.any()) for row in rows):

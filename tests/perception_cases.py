@@ -24,6 +24,10 @@ _POINTS = SuperPointConfig(
     encoder_hidden_sizes=[8, 8, 8, 8], decoder_hidden_size=16, descriptor_decoder_dim=32, max_keypoints=12,
     keypoint_threshold=0.0, initializer_range=0.3,
 )  # fmt: skip
+_EYE = ResNetConfig(
+    embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4,
+    out_features=["stage1", "stage2", "stage3", "stage4"],
+)  # fmt: skip
 _SURFACE = _VISION | {
     "image_size": [16, 16], "num_key_value_attention_heads": 2, "num_labels": 3, "initializer_range": 0.2,
     "head_config": {"upsample_out_channels": [8], "conv_out_channels": [8]},
@@ -78,16 +82,14 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any], dict[str, Tensor], str]] =
             image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[2, 2, 2, 2],
             window_size=4, out_features=["stage1", "stage2", "stage3", "stage4"]),
          "decoder_config": DetrConfig(**{
-            **_DETR, "d_model": 32, "decoder_layers": 1, "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4}),
+            **_DETR, "backbone_config": _EYE, "d_model": 32, "decoder_layers": 1,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4}),
          "fpn_feature_size": 32, "mask_feature_size": 32, "num_labels": 3},
         {"pixel_values": noise(3, 32, 32)}, "class_queries_logits",
     ),
     "segments": (
         "image-segmentation", "DetrForSegmentation", "DetrConfig",
-        _DETR | {"backbone_config": ResNetConfig(
-            embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4,
-            out_features=["stage1", "stage2", "stage3", "stage4"])},
+        _DETR | {"backbone_config": _EYE},
         {"pixel_values": noise(3, 64, 64)}, "logits",
     ),
     "multimodal": (

@@ -182,7 +182,7 @@ def test_interrupted_runs_leave_nothing(
         while "calibrate" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
+        process.wait(timeout=120)
     assert process.returncode == 130, log.read_text()
     assert "interrupted: nothing was written" in log.read_text()
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console, Group
 from typer.testing import CliRunner
 
 from eckart import evaluating, render, terminal
+from eckart.bars import Bars
 from eckart.cli import app
 
 from .commanded import SHOWING, WRITING, Commanded, invoke
@@ -188,6 +190,36 @@ def test_on_a_real_terminal_the_width_is_its_own(width: int, monkeypatch: pytest
     bare = re.sub(r"\x1b\[[\d;]*m", "", text).replace("\r", "")
     assert max(map(cell_len, bare.splitlines())) <= width
     assert ("a: 1,234,567" in bare) == (width < 90)  # what the words and lines of the grid take
+
+
+class Swallowing:
+    """Interrupts while it is collected, where Python can only ignore it."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_is_lost_in_a_destructor_is_heard_at_the_next_step() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Bars() as bars:
+        bars.watch("calibrate", 0, 2)
+        Swallowing()
+        assert bars.interrupted
+        with pytest.raises(KeyboardInterrupt):
+            bars.watch("calibrate", 1, 2)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_is_left_to_who_ignores_it() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Bars() as bars:
+            signal.raise_signal(signal.SIGINT)
+            bars.watch("calibrate", 1, 1)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_usage_error_of_a_sub_command_is_told_on_stderr() -> None:

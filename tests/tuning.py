@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from eckart import hub
-from eckart.adapt import tune
+from eckart.adapt import footprint, tune
 from eckart.adapt.attach import Attached
 from eckart.adapt.tuned import Tuned
 from eckart.adapt.tuning import Tuning
@@ -47,8 +48,10 @@ def loaded(model: Any, tokenizer: Any) -> hub.Loaded:
 
 
 def run(model: Any, tokenizer: Any, tuning: Tuning, work: Path, **watched: Any) -> tuple[Attached, Tuned]:
-    """Tune a copy of `model`."""
-    return tune.tune(loaded(model, tokenizer), tuning, work=work, **watched)
+    """Tune a copy of `model`, without the estimate of memory, which takes longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(footprint, "estimate", lambda *_, **__: {})
+        return tune.tune(loaded(model, tokenizer), tuning, work=work, **watched)
 
 
 @torch.no_grad()

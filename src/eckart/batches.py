@@ -77,20 +77,41 @@ def arguments(batch: Batch) -> dict[Key, Any]:
     return dict(enumerate([batch] if isinstance(batch, Tensor) else batch))
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
-    """Return the outputs of `model` on `batch`; a cache for generation is not made."""
+def call(model: nn.Module, batch: Batch, seed: int = 0) -> Any:
+    """Return the outputs of `model` on `batch`; a cache for generation is not made.
+
+    What the model draws (noise, an order, dropout that stays on) is drawn from `seed`, so that two models are
+    compared on the same. The generators of PyTorch are as they were afterwards.
+
+    Raises:
+        ConfigError: the model cannot be called.
+    """
+    if getattr(type(model), "forward", None) is nn.Module.forward:
+        raise ConfigError(
+            f"{type(model).__name__} has no forward: it generates only, and has no outputs to differentiate; "
+            "load the models that it is made of, and give these to eckart.compress in Python"
+        )
+    place = next((value.device for value in model.parameters()), torch.device("cpu"))
+    devices = [place] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return _called(model, batch)
+
+
+def _called(model: nn.Module, batch: Batch) -> Any:
     if isinstance(batch, Example):
         named = isinstance(batch.whole, Mapping)
         given = {key: value for key, value in arguments(batch).items() if key in batch.inputs}
         batch = {str(key): value for key, value in given.items()} if named else list(given.values())
     if not isinstance(batch, Mapping):
         return model(*arguments(batch).values())
-    extra = {} if "use_cache" in batch or not _takes_cache(model) else {"use_cache": False}
+    extra = {} if "use_cache" in batch or not takes(model, "use_cache") else {"use_cache": False}
     return model(**batch, **extra)
 
 
-def _takes_cache(model: nn.Module) -> bool:
-    return "use_cache" in inspect.signature(model.forward).parameters
+def takes(model: nn.Module, name: str) -> bool:
+    """Tell whether `model` is called with an argument of that name."""
+    return name in inspect.signature(model.forward).parameters
 
 
 def changed(batch: Batch, values: Mapping[Key, Any]) -> Batch:
@@ -151,6 +172,14 @@ def check(found: Sequence[Call]) -> None:
             )
         if not any(isinstance(value, Tensor) for value in arguments(batch).values()):
             raise ConfigError(f"batch {place} holds no tensor: pass what the model is called with")
+
+
+def as_far_as_both(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two tensors with as many axes, each cut to the length that both have along it."""
+    for axis, (own, wanted) in enumerate(zip(one.shape, other.shape, strict=True)):
+        shared = min(own, wanted)
+        one, other = one.narrow(axis, 0, shared), other.narrow(axis, 0, shared)
+    return one, other
 
 
 def samples(batch: Batch) -> int:

@@ -123,7 +123,7 @@ def measured(
         totals.append(float(summed.total))
         terms.append(summed.terms)
         for row, other in zip(found.objective.rows(outputs, own), reference or ()):
-            wanted = other.to(row.device)
+            row, wanted = batches.as_far_as_both(row, other.to(row.device))
             apart += float((row - wanted).double().square().sum())
             whole += float(wanted.double().square().sum())
         if progress:

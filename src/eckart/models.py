@@ -243,7 +243,7 @@ def _refuse_untreatable(model: nn.Module, prefixes: tuple[str, ...]) -> None:
         kinds = ", ".join(f"{kind} ({size:,} parameters)" for kind, size in untreated.most_common())
         raise ModelError(
             f"{type(model).__name__} keeps matrices of its blocks in modules that are not understood: "
-            f"{kinds or 'none found'}; only nn.Linear is. To treat the nn.Linear that it has, name "
+            f"{kinds or 'convolutions'}; only nn.Linear is. To treat the nn.Linear that it has, name "
             "them with --include"
         )
 

@@ -114,7 +114,8 @@ class Given:
 class Own:
     """The loss is the model's own, `outputs.loss`, times the number of terms that it is a mean of.
 
-    `shifted`: the first label of each row predicts nothing (next-token losses).
+    `shifted`: the first label of each row predicts nothing (next-token losses). `summed_up`: it is a sum
+    over its terms, no mean.
     """
 
     sides: tuple[Side, ...]
@@ -122,6 +123,7 @@ class Own:
     shifted: bool = False
     meaning: str = "the model's own"
     compares: bool = False
+    summed_up: bool = False
 
     def rows(self, outputs: Any, batch: Batch) -> list[Tensor]:
         """Return the real rows of what the model says."""
@@ -132,7 +134,7 @@ class Own:
         terms = terms_of(batch, self.shifted)
         if not terms:
             return Summed(outputs_of(outputs)[0].sum() * 0, 0)
-        return checked(Summed(outputs.loss.float() * terms, terms))
+        return checked(Summed(outputs.loss.float() * (1 if self.summed_up else terms), terms))
 
     def to_differentiate(
         self, outputs: Any, batch: Batch, labels: Labels, generator: torch.Generator

@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hub, running, samples, tasks, text, windows
-from .batches import IGNORED, Call
+from . import batches, hub, losses, running, samples, tasks, text, windows
+from .batches import IGNORED
 from .errors import ConfigError, ModelError
+from .objectives import Objective, Own
 from .recipe import Recipe
+from .several import settled
 from .windows import Windows
 
+Arguments = dict[str, Any]
 _MASKED, _EXCHANGED = 0.15, (0.8, 0.9)
 _AT_ONCE = 8
+_CTC = "ctc"
 
 
 def read(recipe: Recipe, loaded: hub.Loaded, warnings: list[str]) -> Windows:
@@ -38,9 +42,34 @@ def read(recipe: Recipe, loaded: hub.Loaded, warnings: list[str]) -> Windows:
     if not recipe.data:
         raise ConfigError("got data to measure on and none to calibrate on: give --data")
     found = _of_data(recipe.data, loaded, task)
-    held_out = _of_data(recipe.eval_data, loaded, task) if recipe.eval_data else None
-    gradients = _gradients(recipe, len(found))
-    return running.of_batches(loaded.model, found, held_out, gradients=gradients, parts=task.parts)
+    held_out = _of_data(recipe.eval_data, loaded, task) if recipe.eval_data else []
+    objective, extra = _objective(loaded.model, found[0], task)
+    calls, kept = ([{**call, **extra} for call in part] for part in (found, held_out))
+    gradients = _gradients(recipe, len(calls))
+    return running.of_batches(
+        loaded.model, calls, kept if recipe.eval_data else None, gradients=gradients, objective=objective
+    )
+
+
+def _objective(model: Any, call: Arguments, task: tasks.Task) -> tuple[Objective | None, dict[str, Any]]:
+    """Return what the task asks to be measured, and the arguments that this needs; None: by the model."""
+    if "labels" in call and task.name == _CTC:
+        summed = getattr(model.config, "ctc_loss_reduction", None) == "sum"
+        return Own(batches.sides_of(model), "label", summed_up=summed), {}
+    if task.parts is None:
+        return None, {}
+    first = losses.fitted(model, call)
+    if task.input != "transduced" or "labels" not in call:
+        return settled(task.parts, model, first)
+    try:
+        batches.call(model, first)
+    except ImportError as error:  # the model's own loss is that of another package
+        said = " ".join(str(error).split())
+        raise ConfigError(
+            f"task {task.name}: {said} Install it, or give decoder_input_ids without labels, and the loss is "
+            "the distance from the dense model's scores"
+        ) from error
+    return Own(batches.sides_of(model), "label"), {}
 
 
 def _gradients(recipe: Recipe, count: int) -> int:
@@ -48,15 +77,17 @@ def _gradients(recipe: Recipe, count: int) -> int:
     return max(1, round(count * min(1.0, recipe.gradient_tokens / recipe.tokens)))
 
 
-def _of_data(sources: Sequence[str], loaded: hub.Loaded, task: tasks.Task) -> list[Call]:
+def _of_data(sources: Sequence[str], loaded: hub.Loaded, task: tasks.Task) -> list[Arguments]:
     found = samples.read(sources, loaded.model, loaded.tokenizer)
+    if task.input == "transduced" or (task.name == _CTC and "labels" in found):
+        return samples.one_by_one(found, loaded.model.config, task.input == "transduced")
     extra: dict[str, Any] = {"return_loss": True} if task.input == "pairs" else {}
     if task.name == "speech-seq2seq" and not {"labels", "decoder_input_ids"} & set(found):
         raise ConfigError(
             f"{', '.join(sources)}: task {task.name} needs what is said: labels (samples, tokens), {IGNORED} "
             "at the end of shorter ones, beside the input_features of a .safetensors"
         )
-    return [{**part, **extra} for part in samples.batches(found, _AT_ONCE)]
+    return [{**part, **extra} for part in samples.batches(found, task.at_once)]
 
 
 def _of_text(recipe: Recipe, loaded: hub.Loaded, task: tasks.Task) -> Windows:

@@ -14,7 +14,6 @@ from .losses import Batches, MeasuredLoss
 from .measure import Perplexity
 from .objectives import Loss, Objective
 from .recipe import Recipe
-from .several import Parts, Several
 from .windows import Rows, Windows
 
 _HELD_OUT = 0.1
@@ -103,7 +102,7 @@ def of_batches(
     masks: Mapping[Key, Key] | None = None,
     inputs: Sequence[Key] | None = None,
     gradients: int | None = None,
-    parts: Parts | None = None,
+    objective: Objective | None = None,
 ) -> Windows:
     """Return what to run `model` on, of batches that it can be called with.
 
@@ -116,7 +115,7 @@ def of_batches(
         masks: argument with a sequence -> argument with its mask; default: those of transformers.
         inputs: the arguments that the model gets of each batch, by name or by position; default: all.
         gradients: how many of the batches to take gradients on; default: all.
-        parts: the outputs whose distance from the dense model's is the loss (eckart.several).
+        objective: how the loss is measured, instead of `loss`.
 
     Raises:
         ConfigError: a batch cannot be passed to a model, there are too few, or the loss is not known.
@@ -132,21 +131,14 @@ def of_batches(
     sides = batches.sides_of(model, masks)
     both = [batches.narrowed(part, inputs) for part in (calls, held_out)]
     first = losses.fitted(model, batches.without_padded_labels(both[0][0], sides))
-    objective: Objective
-    if parts is not None:
-        objective = Several(parts)
-    elif loss is None:
-        objective = objectives.default(model, first, sides)
-    else:
-        unit = "token" if batches.masks(first, sides) else "sample"
-        objective = objectives.Given(loss, sides, unit)
-
-    def made(found: Sequence[Batch]) -> Batches:
-        return Batches(
-            tuple(batches.without_padded_labels(batch, sides) for batch in found), objective, sides, gradients
-        )
-
-    calibration, measured = map(made, both)
+    unit = "token" if batches.masks(first, sides) else "sample"
+    what = objective or (
+        objectives.default(model, first, sides) if loss is None else objectives.Given(loss, sides, unit)
+    )
+    calibration, measured = (
+        Batches(tuple(batches.without_padded_labels(one, sides) for one in part), what, sides, gradients)
+        for part in both
+    )
     return Windows(calibration, calibration.first(_TRIALS), measured, own)
 
 

@@ -1,6 +1,5 @@
 """Data in: arrays, pictures and labelled texts, as the arguments that a model is called with."""
 
-import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from . import text
+from .batches import IGNORED, takes
 from .errors import ConfigError
 
 LEGAL = (
@@ -66,6 +66,48 @@ def _trimmed(batch: Arguments) -> Arguments:
     width = int(real.flip(1).cumsum(1).flip(1).ne(0).any(0).sum())
     same = [name for name, tensor in batch.items() if tensor.shape[:2] == real.shape and tensor.ndim == 2]
     return {name: tensor[:, :width] if name in same else tensor for name, tensor in batch.items()}
+
+
+def one_by_one(found: Mapping[str, Tensor], config: Any, transduced: bool) -> list[Arguments]:
+    """Cut the arguments `found` into samples, without the padding of their sound and of their labels.
+
+    What the prediction network of a transducer reads, where it is not given, are the labels after a blank.
+
+    Args:
+        found: the arguments, each (samples, ...); labels are -100 where there are none.
+        config: of the model.
+        transduced: whether it is a transducer.
+
+    Raises:
+        ConfigError: a transducer gets neither labels nor inputs of its prediction network.
+    """
+    if transduced and not {"labels", "decoder_input_ids"} & set(found):
+        raise ConfigError(
+            f"got {', '.join(sorted(found))}: a transducer needs what is said, labels (samples, tokens), "
+            f"{IGNORED} at the end of shorter ones, or decoder_input_ids, which begin with the blank"
+        )
+    cut = [_without_padding(batch) for batch in batches(found, 1)]
+    return [_with_prefix(batch, config) for batch in cut] if transduced and "labels" in found else cut
+
+
+def _without_padding(batch: Arguments) -> Arguments:
+    cut = dict(batch)
+    mask = cut.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        same = [name for name, tensor in cut.items() if tensor.shape[:2] == mask.shape]
+        cut |= {name: cut[name][:, : int(mask.sum())] for name in same}
+    if "labels" in cut:
+        cut["labels"] = cut["labels"][:, : int((cut["labels"] != IGNORED).sum())]
+    return cut
+
+
+def _with_prefix(batch: Arguments, config: Any) -> Arguments:
+    labels, sound = batch["labels"], batch.get("input_features")
+    blank = torch.full_like(labels[:, :1], config.blank_token_id)
+    made = {"decoder_input_ids": torch.cat([blank, labels], dim=1)}
+    if sound is not None:
+        made["attention_mask"] = torch.ones(sound.shape[:2], dtype=torch.int64)
+    return made | batch
 
 
 def _read(source: str, model: Any, processor: Any) -> Arguments:
@@ -161,7 +203,7 @@ def labelled(sources: Sequence[str], model: Any, tokenizer: Any, seq_len: int) -
         return_tensors="pt",
     )
     names = ("input_ids", "attention_mask", "token_type_ids")
-    found = {name: encoded[name] for name in names if name in encoded and _takes(model, name)}
+    found = {name: encoded[name] for name in names if name in encoded and takes(model, name)}
     given = [row["label"] for row in rows if "label" in row]
     if not given:
         return found
@@ -173,10 +215,6 @@ def labelled(sources: Sequence[str], model: Any, tokenizer: Any, seq_len: int) -
             f"{', '.join(getattr(model.config, 'label2id', None) or {}) or '0 and up'}"
         )
     return found | {"labels": torch.tensor(labels)}
-
-
-def _takes(model: Any, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
 
 
 def _texts(source: str) -> Iterator[Mapping[str, Any]]:

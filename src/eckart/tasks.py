@@ -12,7 +12,10 @@ from .several import Parts
 
 AUTO = "auto"
 CAUSAL = "causal-lm"
-Input = Literal["windows", "masked", "continued", "texts", "images", "sound", "pairs", "either", "data"]
+Input = Literal[
+    "windows", "masked", "continued", "texts", "images", "sound", "pairs", "either", "data", "transduced"
+]
+_BACKBONE = "AutoBackbone"
 _MAPPING = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -52,7 +55,33 @@ _MAPPING = {
     "AutoModelForTextEncoding": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
     "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
     "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    "AutoModelForKeypointDetection": "MODEL_FOR_KEYPOINT_DETECTION_MAPPING_NAMES",
+    "AutoModelForKeypointMatching": "MODEL_FOR_KEYPOINT_MATCHING_MAPPING_NAMES",
+    "AutoModelForNormalEstimation": "MODEL_FOR_NORMAL_ESTIMATION_MAPPING_NAMES",
+    "AutoModelForPointmapEstimation": "MODEL_FOR_POINTMAP_ESTIMATION_MAPPING_NAMES",
+    "AutoModelForTextRecognition": "MODEL_FOR_TEXT_RECOGNITION_MAPPING_NAMES",
+    "AutoModelForTableRecognition": "MODEL_FOR_TABLE_RECOGNITION_MAPPING_NAMES",
+    "AutoModelForRNNT": "MODEL_FOR_RNNT_MAPPING_NAMES",
+    "AutoModelForTDT": "MODEL_FOR_TDT_MAPPING_NAMES",
+    "AutoModelForAudioTokenization": "MODEL_FOR_AUDIO_TOKENIZATION_NAMES",
+    "AutoModelForTextToWaveform": "MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES",
+    "AutoModelForDecision": "MODEL_FOR_DECISION_MAPPING_NAMES",
+    _BACKBONE: "MODEL_FOR_BACKBONE_MAPPING_NAMES",
 }
+
+
+class _Backbones:
+    """Loads backbones from folders, by the class that AutoBackbone has: itself it looks on the hub only."""
+
+    @staticmethod
+    def from_config(config: Any, **options: Any) -> Any:
+        return transformers.AutoBackbone.from_config(config, **options)
+
+    @staticmethod
+    def from_pretrained(where: str, **options: Any) -> Any:
+        config = transformers.AutoConfig.from_pretrained(where)
+        name = TASKS["backbone"].classes()[config.model_type][0]
+        return getattr(transformers, name).from_pretrained(where, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +96,7 @@ class Task:
         loss: what is measured, in words.
         parts: the outputs whose distance from the dense model's is the loss; None: the model's own loss,
             or what it says (eckart.objectives).
+        at_once: how many samples of data are run at once.
     """
 
     name: str
@@ -75,6 +105,7 @@ class Task:
     tag: str
     loss: str
     parts: Parts | None = None
+    at_once: int = 8
 
     @property
     def reads_text(self) -> bool:
@@ -84,16 +115,26 @@ class Task:
     @property
     def needs_data(self) -> bool:
         """Whether it cannot be run on text."""
-        return self.input in ("images", "sound", "pairs", "data")
+        return self.input in ("images", "sound", "pairs", "data", "transduced")
 
     @property
     def loader(self) -> Any:
-        """The Auto class."""
-        return getattr(transformers, self.auto)
+        """The Auto class.
+
+        Raises:
+            ModelError: this version of transformers does not have it.
+        """
+        if not hasattr(transformers, self.auto):
+            raise ModelError(
+                f"task {self.name} needs {self.auto}, which transformers {transformers.__version__} does not "
+                "have: install a newer one"
+            )
+        return _Backbones if self.auto == _BACKBONE else getattr(transformers, self.auto)
 
     def classes(self) -> dict[str, tuple[str, ...]]:
-        """Return the classes of models that it has, by the model type of their config."""
-        names: dict[str, Any] = getattr(modeling_auto, _MAPPING[self.auto])
+        """Return the classes of models that it has, by the model type of their config; none in a version of
+        transformers that does not have the Auto class."""
+        names: dict[str, Any] = getattr(modeling_auto, _MAPPING[self.auto], {})
         return {kind: (found,) if isinstance(found, str) else tuple(found) for kind, found in names.items()}
 
 
@@ -166,6 +207,32 @@ _KNOWN = (
          Parts((), ("spectrogram",))),
     Task("table-question-answering", "AutoModelForTableQuestionAnswering", "data", "table-question-answering",
          _DISTANCE),
+    Task("keypoint-detection", "AutoModelForKeypointDetection", "data", "keypoint-detection", _OUTPUTS,
+         Parts((), ("scores", "descriptors"), ragged=True)),
+    Task("keypoint-matching", "AutoModelForKeypointMatching", "data", "keypoint-matching", _OUTPUTS,
+         Parts((), ("matching_scores",), ragged=True)),
+    Task("normal-estimation", "AutoModelForNormalEstimation", "data", "image-to-image", _OUTPUTS,
+         Parts((), ("normals",))),
+    Task("pointmap-estimation", "AutoModelForPointmapEstimation", "data", "image-to-3d", _OUTPUTS,
+         Parts((), ("pointmaps", "scales"))),
+    # These give what is left of scores after a softmax, under the name of states.
+    Task("text-recognition", "AutoModelForTextRecognition", "data", "image-to-text", _OUTPUTS,
+         Parts(chances=(("last_hidden_state", -1),))),
+    Task("table-recognition", "AutoModelForTableRecognition", "data", "image-to-text",
+         f"{_OUTPUTS}; as many steps as both take", Parts(chances=(("last_hidden_state", -1),), ragged=True)),
+    Task("rnnt", "AutoModelForRNNT", "transduced", "automatic-speech-recognition", _LABELS,
+         Parts(_LOGITS, cut="vocab_size")),
+    Task("tdt", "AutoModelForTDT", "transduced", "automatic-speech-recognition", _LABELS,
+         Parts(_LOGITS, cut="vocab_size")),
+    Task("audio-tokenization", "AutoModelForAudioTokenization", "data", "audio-to-audio", _OUTPUTS,
+         Parts((), ("audio_values", "audio"))),
+    Task("text-to-waveform", "AutoModelForTextToWaveform", "data", "text-to-speech",
+         f"{_OUTPUTS}; as far as both sound, and of a model that draws them the states of its text",
+         Parts(_LOGITS, ("spectrogram", "waveform"), ragged=True, drawn="hidden_states")),
+    Task("decision", "AutoModelForDecision", "data", "text-classification", _OUTPUTS,
+         Parts(options="num_options"), at_once=1),
+    Task("backbone", _BACKBONE, "data", "image-feature-extraction", _OUTPUTS,
+         Parts((), ("feature_maps",))),
     Task("feature-extraction", "AutoModel", "either", "feature-extraction", _DISTANCE),
     Task("text-encoding", "AutoModelForTextEncoding", "texts", "feature-extraction", _DISTANCE),
     Task("pre-training", "AutoModelForPreTraining", "data", "feature-extraction", _OUTPUTS,

@@ -149,10 +149,15 @@ def agreement(model: Any, prompt: Any, made: list[int]) -> dict[str, Any]:
     that is not."""
     import torch
 
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    # vLLM was told to go on behind the end of a text; transformers stops there.
+    last = next((place for place, token in enumerate(made) if token in ends), len(made) - 1)
+    made = made[: last + 1]
     with torch.no_grad():
         found = model.generate(
             prompt[None], attention_mask=torch.ones_like(prompt[None]), max_new_tokens=len(made),
-            min_new_tokens=len(made), do_sample=False,
+            do_sample=False,
         )[0, len(prompt) :].tolist()  # fmt: skip
         same = next((place for place, pair in enumerate(zip(found, made)) if pair[0] != pair[1]), len(made))
         if same == len(made):

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint docs package oldest clean
+.PHONY: install demo test slow lint docs package oldest clean
 
 install: $(STAMP)
 
@@ -24,8 +24,14 @@ lint: install
 	$(BIN)/mypy
 
 # A process for each core, of one thread: the models are tiny, and threads that wait for each other take longer.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -W error -n auto
+
 test: lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -W error -n auto
+	$(PYTEST) -m "not slow"
+
+# The modules that take longest: tests/conftest.py names them.
+slow: install
+	$(PYTEST) -m slow
 
 # The documentation as a site, in site/: strict, without network, and every reference in it checked.
 docs: install

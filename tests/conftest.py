@@ -20,6 +20,18 @@ logging.disable_progress_bar()
 logging.set_verbosity_error()
 
 
+SLOW = (
+    "test_adapt_footprint", "test_adapt_session", "test_cache", "test_streaming_processes",
+)  # fmt: skip
+"""Modules whose tests take long: they start processes, or repeat whole runs. `make slow` runs them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """One token per byte, with a begin token and a chat template."""

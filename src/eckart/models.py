@@ -242,9 +242,10 @@ def _refuse_untreatable(model: nn.Module, prefixes: tuple[str, ...]) -> None:
     if total == 0 or untreated.total() > _UNTREATED_SHARE * total:
         kinds = ", ".join(f"{kind} ({size:,} parameters)" for kind, size in untreated.most_common())
         convolves = any(isinstance(module, _CONVOLUTIONS) for module in model.modules())
+        kinds = kinds or ("convolutions" if convolves else "none found")
         raise ModelError(
             f"{type(model).__name__} keeps matrices of its blocks in modules that are not understood: "
-            f"{kinds or ('convolutions' if convolves else 'none found')}; only nn.Linear is. To treat the nn.Linear that it has, name "
+            f"{kinds}; only nn.Linear is. To treat the nn.Linear that it has, name "
             "them with --include"
         )
 

@@ -63,8 +63,8 @@ def main() -> None:
     model = fetch()
     calibration, held_out = write_texts(ROOT / ".cache")
     # Half of the text that compress takes by default, so that two cores need less than ten minutes.
-    run("compress", model, "--keep", 0.8, "--text", calibration, "--tokens", 16_384, "--gradient-tokens", 8_192,
-        "--eval-text", held_out, "--eval-tokens", 4_096, "--out", OUT, "--overwrite")  # fmt: skip
+    run("compress", model, "--keep", 0.8, "--text", calibration, "--tokens", 16_384, "--gradient-tokens",
+        8_192, "--eval-text", held_out, "--eval-tokens", 4_096, "--out", OUT, "--overwrite")  # fmt: skip
     run("eval", OUT, "--text", held_out, "--tokens", 4_096, "--against", model)
     print("\ndense:     ", generate(model))
     print("compressed:", generate(OUT))

@@ -245,8 +245,7 @@ def _refuse_untreatable(model: nn.Module, prefixes: tuple[str, ...]) -> None:
         kinds = kinds or ("convolutions" if convolves else "none found")
         raise ModelError(
             f"{type(model).__name__} keeps matrices of its blocks in modules that are not understood: "
-            f"{kinds}; only nn.Linear is. To treat the nn.Linear that it has, name "
-            "them with --include"
+            f"{kinds}; only nn.Linear is. To treat the nn.Linear that it has, name them with --include"
         )
 
 

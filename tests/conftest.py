@@ -21,7 +21,8 @@ logging.set_verbosity_error()
 
 
 SLOW = (
-    "test_adapt_footprint", "test_adapt_session", "test_cache", "test_streaming_processes",
+    "test_adapt_footprint", "test_adapt_session", "test_cache", "test_closed", "test_compiled",
+    "test_correcting", "test_distil", "test_docs", "test_exports", "test_storing", "test_streaming_processes",
 )  # fmt: skip
 """Modules whose tests take long: they start processes, or repeat whole runs. `make slow` runs them."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import eckart
-from eckart import ConfigError, ModelError, hub, tasks
+from eckart import ConfigError, ModelError, tasks
 from eckart.cli import app
 
+from . import task_checks
 from .task_cases import CASES
 
 RUN = [task for task in CASES if task != "audio-xvector"]
@@ -23,12 +25,7 @@ RUN = [task for task in CASES if task != "audio-xvector"]
 
 def stored(task: str, folder: Path) -> Path:
     """Store a random model for `task`, with a file of its arguments beside it."""
-    kind, config, options, data = CASES[task]
-    torch.manual_seed(0)
-    model = getattr(transformers, kind)(getattr(transformers, config)(**options))
-    model.save_pretrained(folder / "model")
-    save_file(data, folder / "data.safetensors")
-    return folder / "model"
+    return task_checks.store(*CASES[task], folder)
 
 
 def outputs(model: Any, task: str) -> Tensor:
@@ -54,25 +51,14 @@ def test_the_command_compresses_and_the_auto_class_loads(task: str, named: bool,
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["task"] == task
     auto = getattr(transformers, tasks.get(task).auto)
-    small, dense = (auto.from_pretrained(folder) for folder in (tmp_path / "out", source))
-    assert type(small) is type(dense)
-    assert hub.weight_bytes(tmp_path / "out") < hub.weight_bytes(source)
-    expected, found = outputs(dense, task), outputs(small, task)
-    assert not torch.equal(found, expected)
-    assert torch.equal(outputs(eckart.load(tmp_path / "out"), task), found)
+    task_checks.check_loads(auto, source, tmp_path / "out", partial(outputs, task=task))
 
 
 @pytest.mark.parametrize("task", RUN)
 def test_full_rank_computes_the_same(task: str, tmp_path: Path) -> None:
     source = stored(task, tmp_path)
-    recipe = eckart.Recipe(
-        model=str(source), task=task, data=(str(tmp_path / "data.safetensors"),), energy=1.0
-    )
-    small, result = eckart.compress(str(source), recipe=recipe)
-    assert all(module.rank == min(module.shape) for module in result.modules)
-    dense = getattr(transformers, tasks.get(task).auto).from_pretrained(source)
-    expected = outputs(dense, task)
-    assert torch.allclose(outputs(small, task), expected, atol=1e-4 * float(expected.abs().max()))
+    auto = getattr(transformers, tasks.get(task).auto)
+    task_checks.check_full_rank(auto, source, task, partial(outputs, task=task))
 
 
 def test_text_is_refused(tmp_path: Path, text_file: Path) -> None:

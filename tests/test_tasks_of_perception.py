@@ -1,6 +1,7 @@
 """Tasks of models that perceive or speak: from the command line to a folder that loads, and refusals."""
 
 import json
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import eckart
-from eckart import ConfigError, ModelError, batches, hub, samples, tasks
+from eckart import ConfigError, ModelError, batches, samples, tasks
 from eckart.cli import app
 from eckart.losses import MeasuredLoss
 
-from . import task_cases
+from . import task_cases, task_checks
 from .perception_cases import CASES
 
 # Speech models of older transformers are scripted when they are imported.
@@ -36,12 +37,9 @@ def stored(name: str, folder: Path) -> Path:
     _, kind, config, options, data, _ = CASES[name]
     if not hasattr(transformers, kind):
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
-    torch.manual_seed(0)
     if name == "multimodal":
         options = task_cases.CASES["image-text-to-text"][2]
-    getattr(transformers, kind)(getattr(transformers, config)(**options)).save_pretrained(folder / "model")
-    save_file(data, folder / "data.safetensors")
-    return folder / "model"
+    return task_checks.store(kind, config, options, data, folder)
 
 
 def outputs(model: Any, name: str) -> Tensor:
@@ -72,25 +70,17 @@ def test_the_command_compresses_and_the_auto_class_loads(name: str, tmp_path: Pa
     report = json.loads(done.stdout)
     assert report["task"] == task
     assert report["compressed"]["error"] > 1e-4
-    small, dense = (tasks.get(task).loader.from_pretrained(folder) for folder in (tmp_path / "out", source))
-    assert type(small) is type(dense)
-    assert hub.weight_bytes(tmp_path / "out") < hub.weight_bytes(source)
-    expected, found = outputs(dense, name), outputs(small, name)
-    assert not torch.equal(found, expected)
-    assert torch.equal(outputs(eckart.load(tmp_path / "out"), name), found)
+    task_checks.check_loads(tasks.get(task).loader, source, tmp_path / "out", partial(outputs, name=name))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_full_rank_computes_the_same(name: str, tmp_path: Path) -> None:
     source = stored(name, tmp_path)
-    recipe = eckart.Recipe(
-        model=str(source), task=CASES[name][0], data=(str(tmp_path / "data.safetensors"),), energy=1.0,
+    task = CASES[name][0]
+    task_checks.check_full_rank(
+        tasks.get(task).loader, source, task, partial(outputs, name=name),
         method="svd", exclude=LEFT_OUT.get(name, ()), include=NAMED.get(name, ()),
     )  # fmt: skip
-    small, result = eckart.compress(str(source), recipe=recipe)
-    assert all(module.rank == min(module.shape) for module in result.modules)
-    expected = outputs(tasks.get(CASES[name][0]).loader.from_pretrained(source), name)
-    assert torch.allclose(outputs(small, name), expected, atol=1e-4 * float(expected.abs().max()))
 
 
 def compressed(name: str, folder: Path, **changes: Any) -> Any:

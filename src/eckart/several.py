@@ -61,7 +61,11 @@ class Several:
 
     def rows(self, outputs: Any, batch: Batch) -> list[Tensor]:
         """Return the outputs in float32: scores (rows, classes), values (values, 1); ragged ones in shape."""
-        return [self._shaped(tensor.float(), axis) for tensor, axis in self._found(outputs, batch)]
+        return [row for row, _ in self._rows(outputs, batch)]
+
+    def _rows(self, outputs: Any, batch: Batch) -> list[tuple[Tensor, int | None]]:
+        """Return the rows, each with the axis of the classes where it holds scores."""
+        return [(self._shaped(tensor.float(), axis), axis) for tensor, axis in self._found(outputs, batch)]
 
     def _shaped(self, tensor: Tensor, axis: int | None) -> Tensor:
         if axis is None:
@@ -99,9 +103,9 @@ class Several:
             ConfigError: the outputs are of another shape than the dense model's.
         """
         total: Tensor = torch.zeros(())
-        rows = self.rows(outputs, batch)
-        others = [row.detach() for row in rows] if reference is None else reference
-        for (_, axis), row, other in zip(self._found(outputs, batch), rows, others, strict=True):
+        rows = self._rows(outputs, batch)
+        others = [row.detach() for row, _ in rows] if reference is None else reference
+        for (row, axis), other in zip(rows, others, strict=True):
             wanted = other.to(row.device)
             if wanted.shape != row.shape and not (self.parts.ragged and row.ndim == wanted.ndim):
                 raise ConfigError(
@@ -120,7 +124,7 @@ class Several:
         """Return the loss on labels drawn from the model, whose gradients have the loss's curvature."""
         samples = batches.samples(batch)
         total: Tensor = torch.zeros(())
-        for (_, axis), shaped in zip(self._found(outputs, batch), self.rows(outputs, batch), strict=True):
+        for shaped, axis in self._rows(outputs, batch):
             row = shaped.flatten(0, -2)
             drawn = _drawn(row, generator) if axis is None else sampled(row, generator).total
             # Of n terms with the weight samples / n each, the root: gradients are squared.

@@ -255,7 +255,7 @@ def done(out: Path, run: Run) -> bool:
 
 
 def save(out: Path, model: str, row: dict[str, Any]) -> None:
-    command = [Path(word).name if Path(word).exists() else word for word in sys.argv]
+    command = environment.command()
     row = {**row, "command": command, "date": environment.describe()["date"]}
     found = {"model": Path(model).name, "rows": [*known(out), row], "environment": environment.describe()}
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -173,7 +173,7 @@ class Results:
         self.values = {"protocol": protocol, "exports": {}, "perplexity": {}, "rounds": {}}
 
     def save(self) -> None:
-        command = [word if not Path(word).exists() else Path(word).name for word in sys.argv]
+        command = environment.command()
         found = environment.describe()
         found["versions"] |= {name: metadata.version(name) for name in PACKAGES}
         values = {**self.values, "command": command, "load_average": load_average(), "environment": found}

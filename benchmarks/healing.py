@@ -106,7 +106,7 @@ def known(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def save(options: argparse.Namespace, row: dict[str, Any]) -> None:
-    command = [Path(word).name if Path(word).exists() else word for word in sys.argv]
+    command = environment.command()
     found = {
         "protocol": protocol(options),
         "rows": [*known(options), {**row, "command": command}],

@@ -259,7 +259,7 @@ def main() -> None:
             rows.append(found_row)
             print("| " + " | ".join(cells(found_row)) + " |", flush=True)
             found = {"protocol": key(options), "rows": rows, "environment": environment.describe()}
-            found["command"] = [Path(a).name if Path(a).exists() else a for a in sys.argv]
+            found["command"] = environment.command()
             options.out.parent.mkdir(parents=True, exist_ok=True)
             options.out.write_text(json.dumps(found, indent=2) + "\n")
     print(f"\ndense perplexity {rows[0]['dense']:.2f}\n")

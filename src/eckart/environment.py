@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,16 @@ def describe() -> dict[str, Any]:
             "accelerator_model": _accelerator_model(),
         },
     }
+
+
+def name_of(word: str) -> str:
+    """Return the last part of what is a path here, and anything else (a hub id) as it is."""
+    return Path(word).name if Path(word).exists() else word
+
+
+def command() -> list[str]:
+    """Return the words that this program was started by, without folders."""
+    return [name_of(word) for word in sys.argv]
 
 
 def _processor_model() -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import hub, modelcard, models, plugin, render, report_healing, stores, tasks
+from .environment import name_of
 from .errors import ConfigError, ModelError
 from .exports import write
 from .exports.options import STORAGES, Form
@@ -174,7 +175,7 @@ def _card(found: Exported) -> str:
 
 
 def _facts(found: Exported, task: str) -> Facts:
-    name = Path(found.source).name if Path(found.source).exists() else found.source
+    name = name_of(found.source)
     summary = (
         f"{name}, compressed by eckart, as an ordinary model of the original architecture: factors are "
         "multiplied out, weights taken out of few bits. It computes the same and loads without eckart; what "

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,6 +9,7 @@ from rich.text import Text
 
 from . import environment, report_healing
 from .choices import Choice
+from .environment import name_of
 from .hub import DTYPES
 from .measure import Comparison, Perplexity
 from .modelcard import ACCURACY, Facts, Figure, perplexity_figure
@@ -256,14 +256,10 @@ def _without_folders(recipe: Recipe) -> Recipe:
     """Return `recipe` with the names of files alone: a card is for others."""
     return dataclasses.replace(
         recipe,
-        model=None if recipe.model is None else _name(recipe.model),
-        text=tuple(map(_name, recipe.text)),
-        eval_text=tuple(map(_name, recipe.eval_text)),
+        model=None if recipe.model is None else name_of(recipe.model),
+        text=tuple(map(name_of, recipe.text)),
+        eval_text=tuple(map(name_of, recipe.eval_text)),
     )
-
-
-def _name(source: str) -> str:
-    return Path(source).name if Path(source).exists() else source
 
 
 def documents(result: Result) -> dict[str, str]:
@@ -279,7 +275,7 @@ def facts(result: Result, licence: str | None = None) -> Facts:
     """Return what the model card says beside it; `licence` is that of the texts."""
     version = environment.describe()["versions"]["eckart"]
     summary = (
-        f"{_name(result.source)} ({result.architecture}), compressed by eckart {version}: method "
+        f"{name_of(result.source)} ({result.architecture}), compressed by eckart {version}: method "
         f"`{result.recipe.method}`, {_budget(result)}. {_what_it_is(result)}"
     )
     return Facts(
@@ -297,13 +293,13 @@ def facts(result: Result, licence: str | None = None) -> Facts:
 def evaluated_section(found: Evaluated, texts: Sequence[str]) -> str:
     """Return what a model card says of an evaluation, in Markdown."""
     parts = []
-    names = ", ".join(_name(text) for text in texts)
-    against = f" against {_name(found.against)}" if found.against else ""
+    names = ", ".join(name_of(text) for text in texts)
+    against = f" against {name_of(found.against)}" if found.against else ""
     if found.language is not None:
         own = found.language.model if isinstance(found.language, Comparison) else found.language
         rows = [_perplexity_row("this model", own)]
         if isinstance(found.language, Comparison):
-            rows.append(_perplexity_row(_name(found.against or "reference"), found.language.reference))
+            rows.append(_perplexity_row(name_of(found.against or "reference"), found.language.reference))
         parts += [f"Perplexity on {names}, {_protocol(own)}:", markdown_table(_PERPLEXITY, rows)]
         parts += [_comparison_line(found.language)] if isinstance(found.language, Comparison) else []
     if found.tasks:

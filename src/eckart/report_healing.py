@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from .environment import name_of
 from .healing import Healing, Refined
 from .hub import MB
 from .lessons import learned
@@ -126,7 +127,7 @@ def facts(healed: Healed, source: str, licence: str | None = None) -> Facts:
         for what, found in (("own text", healed.quality), ("foreign text", healed.foreign))
         if found is not None
     ]
-    name = Path(source).name if Path(source).exists() else source
+    name = name_of(source)
     return Facts(
         f"{name}, healed by eckart towards {Path(healed.teacher).name}.",
         (source,),

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from . import environment
+from .environment import name_of
 from .hub import DTYPES, MB
 from .joined import Joined, Tied
 from .modelcard import QUANTISED, Facts, perplexity_figure
@@ -172,7 +173,7 @@ def tied_documents(found: Tied, known: dict[str, Any]) -> dict[str, str]:
 def tied_facts(found: Tied, source: str, licence: str | None = None) -> Facts:
     """Return what the model card says beside it; `source` is the model before."""
     what = {"tied": "one matrix", "untied": "two matrices", "nothing": "as they were"}[found.done]
-    name = Path(source).name if Path(source).exists() else source
+    name = name_of(source)
     return Facts(
         f"{name} with embeddings and output head {what}, by eckart.",
         (source,),

@@ -1,12 +1,12 @@
 """Show what was done to adapters: tables, model cards, JSON reports. Pure rendering."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from ..environment import name_of
 from ..hub import MB
 from ..measure import Comparison
 from ..modelcard import ADAPTER, FINETUNE, Facts, perplexity_figure
@@ -39,10 +39,6 @@ def _megabytes(size: int) -> str:
 
 def _notes(lines: Sequence[str]) -> list[RenderableType]:
     return [Text(f"note: {line}") for line in lines]
-
-
-def _name(source: str) -> str:
-    return Path(source).name if Path(source).exists() else source
 
 
 def _rest(shown: int, total: int, order: str) -> list[str]:
@@ -274,7 +270,7 @@ The full list is in `eckart.json`.
 def extracted_facts(done: Extracted, texts: Sequence[tuple[str, str]], licence: str | None) -> Facts:
     """Return what the card of an extracted adapter says beside it; `texts` are (source, what for)."""
     summary = (
-        f"LoRA that makes {_name(done.base)} the nearest to {_name(done.tuned)}, by eckart: {done.rule}."
+        f"LoRA that makes {name_of(done.base)} the nearest to {name_of(done.tuned)}, by eckart: {done.rule}."
     )
     figures = (
         () if done.after is None else perplexity_figure(_measured(texts), done.after.model, "held-out text")
@@ -334,7 +330,7 @@ def merged_documents(done: Merged, adapter: str, known: Mapping[str, Any]) -> di
     cut = f"\n{markdown_table(MERGED_COLUMNS, rows[:_SHOWN])}\n" if rows else ""
     section = f"""## Merged
 
-The adapter {_name(adapter)}, by eckart, into {_name(done.source)}.
+The adapter {name_of(adapter)}, by eckart, into {name_of(done.source)}.
 
 {_bullets([*_merged_lines(done), *done.warnings])}
 {cut}"""
@@ -348,7 +344,7 @@ def merged_facts(
     """Return what the card of a merged model says beside it; `adapter` is its folder or hub id, if any."""
     found = done.comparison
     return Facts(
-        f"{_name(done.source)} with the adapter {_name(adapter or 'adapter')} merged into it, by eckart.",
+        f"{name_of(done.source)} with the adapter {name_of(adapter or 'adapter')} merged into it, by eckart.",
         (done.source,) if adapter is None else (done.source, adapter),
         FINETUNE,
         texts=tuple(texts),

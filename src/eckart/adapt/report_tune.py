@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from ..environment import name_of
 from ..hub import MB
 from ..modelcard import ACCURACY, ADAPTER, FINETUNE, Facts, Figure
 from ..render import markdown_table, table, to_json
@@ -171,7 +172,7 @@ def facts(tuned: Tuned, licence: str | None = None) -> Facts:
         figures.append(Figure(on, ACCURACY, "accuracy of label words", tuned.end.accuracy, protocol))
     uses = (("training", prospect.tuning.data), ("choosing the state", prospect.tuning.eval_data))
     return Facts(
-        f"{_name(prospect.source)} tuned by eckart: {_described(prospect)}, on {data}.",
+        f"{name_of(prospect.source)} tuned by eckart: {_described(prospect)}, on {data}.",
         (prospect.source,),
         ADAPTER if adapter else FINETUNE,
         ("lora",) if adapter else (),
@@ -188,10 +189,6 @@ def _described(prospect: Prospect) -> str:
         return "all parameters"
     rank = f"rank {tuning.rank}" if tuning.rank != "auto" else "ranks by the spectra of gradients"
     return f"{tuning.method}, {rank}, start {tuning.starting}"
-
-
-def _name(source: str) -> str:
-    return Path(source).name if Path(source).exists() else source
 
 
 def plot_spectra(tuned: Tuned, path: Path) -> bool:

@@ -116,13 +116,13 @@ class Stage:
                 self.inputs.make(name.rstrip("/"), self.folder)
 
 
-def run_page(page: Path, stage: Stage) -> list[Ran]:
-    """Run the blocks of `page` in order; those that are marked are left out.
+def run_page(page: Path, stage: Stage) -> Iterator[Ran]:
+    """Run the blocks of `page` in order, as they are asked for; those that are marked are left out.
 
     Raises:
         PageError: as `Stage.run` and `page_blocks.blocks` do.
     """
-    return [stage.run(block) for block in page_blocks.blocks(page) if block.runs]
+    return (stage.run(block) for block in page_blocks.blocks(page) if block.runs)
 
 
 @contextlib.contextmanager
@@ -363,10 +363,9 @@ def main() -> None:
             folder.mkdir(parents=True)
             stage = Stage(folder, inputs)
             ran = []
-            for block in page_blocks.blocks(page):
-                if block.runs:
-                    ran.append(stage.run(block))
-                    print(f"{block.where}: {ran[-1].seconds:.1f} s", flush=True)
+            for one in run_page(page, stage):
+                print(f"{one.block.where}: {one.seconds:.1f} s", flush=True)
+                ran.append(one)
             _keep(page, ran, stage, options.out)
             if options.write:
                 page.write_text(written(page, ran), encoding="utf-8")

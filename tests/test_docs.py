@@ -50,7 +50,7 @@ def run(tmp_path: Path, tokenizer: Any, text_file: Path, monkeypatch: pytest.Mon
         folder = tmp_path / "page"
         folder.mkdir()
         inputs = Inputs(tmp_path / "model", text_file, text_file)
-        return pages.run_page(page, pages.Stage(folder, inputs, CAPS))
+        return list(pages.run_page(page, pages.Stage(folder, inputs, CAPS)))
 
     return run
 

@@ -154,6 +154,34 @@ def test_another_order_that_is_loaded_is_kept_to() -> None:
         assert not close(lean(inputs), other(inputs))
 
 
+@pytest.mark.parametrize("form", FORMS)
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40), seed=st.integers(0, 999))
+@FAST
+def test_a_tall_matrix_is_kept_by_columns_in_memory_and_nowhere_else(
+    form: Form, rows: int, columns: int, seed: int
+) -> None:
+    rank = 1 + seed % min(rows, columns)
+    module: Any = build(low_rank(rows, columns, rank, seed), form).float()
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    lean = fusing.LeanPivoted.of(module) if form == "pivoted" else fusing.LeanFactored.of(module)
+
+    def kept(by_columns: bool) -> None:
+        for part in lean.children():
+            height, width = part.weight.shape
+            tall = by_columns and height >= 1.5 * width
+            assert part.weight.T.is_contiguous() if tall else part.weight.is_contiguous()
+
+    kept(True)
+    for name, weight in copy.deepcopy(lean).state_dict().items():
+        assert torch.equal(weight, before[name])
+    lean.bfloat16()
+    kept(False)  # several times slower by columns
+    lean.float()
+    kept(True)
+    lean.plain()
+    kept(False)
+
+
 # pivots chosen together
 
 

@@ -4,12 +4,16 @@ What runs a token at a time spends a part of its time around the products: calls
 modules, and a selection that puts outputs in order. These modules have the parameters of those that they
 stand for, and compute the same; where a hook or an adapter sits on a part, they run that part as those do.
 
+The second of the two matrices is tall: many short rows. On a processor, products of float32 with a
+token or two read it faster when it is kept by columns (benchmarks/storage_order.py), so it is, in memory: its
+shape and its values are the same. bfloat16 is several times slower that way, and stays.
+
 Tried and left out, since it gains nothing: both products written into one output (`out=`), and products of a
 matrix and a vector for a single token.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,24 +21,32 @@ from torch.nn import functional
 
 from .factors import FactoredLinear, PivotedLinear, rearranged
 
+M = TypeVar("M", bound=nn.Module)
+TALL = 1.5
+"""Rows per column from which a matrix is kept by columns."""
+
 
 class LeanFactored(FactoredLinear):
     """A FactoredLinear whose products run without anything around them."""
 
     @classmethod
     def of(cls, module: FactoredLinear) -> "LeanFactored":
-        """Return the module with the parts of `module`, which are not copied."""
+        """Return the module with the parts of `module`; a tall one is kept by columns from now on."""
         with torch.device("meta"):
             made = cls(module.in_features, module.out_features, module.rank)
         made.down, made.up = module.down, module.up
-        return made.train(module.training)
+        return lay_out(made).train(module.training)
 
     def plain(self) -> FactoredLinear:
         """Return what it was made of."""
         with torch.device("meta"):
             made = FactoredLinear(self.in_features, self.out_features, self.rank)
         made.down, made.up = self.down, self.up
-        return made.train(self.training)
+        return lay_out(made, by_rows=True).train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LeanFactored":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return lay_out(self)  # on another device, or of another dtype
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `inputs` (..., n) to (..., m)."""
@@ -53,19 +65,23 @@ class LeanPivoted(PivotedLinear):
 
     @classmethod
     def of(cls, module: PivotedLinear) -> "LeanPivoted":
-        """Return the module with the parts of `module`, which are not copied."""
+        """Return the module with the parts of `module`; a tall one is kept by columns from now on."""
         with torch.device("meta"):
             made = cls(module.in_features, module.out_features, module.rank)
         made.pivot, made.rest, made.order = module.pivot, module.rest, module.order
         made.reorder(module.order)
-        return made.train(module.training)
+        return lay_out(made).train(module.training)
 
     def plain(self) -> PivotedLinear:
         """Return what it was made of."""
         with torch.device("meta"):
             made = PivotedLinear(self.in_features, self.out_features, self.rank)
         made.pivot, made.rest, made.order = self.pivot, self.rest, self.order
-        return made.train(self.training)
+        return lay_out(made, by_rows=True).train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LeanPivoted":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return lay_out(self)  # on another device, or of another dtype
 
     def reorder(self, order: Tensor) -> None:
         """Take `order` (m,) from now on."""
@@ -82,6 +98,26 @@ class LeanPivoted(PivotedLinear):
         rest = self.rest
         joined = pivots if rest is None else torch.cat([pivots, _product(rest, pivots)], dim=-1)
         return joined if self.straight else rearranged(joined, self.order)
+
+
+def lay_out(module: M, by_rows: bool = False) -> M:
+    """Keep each matrix of the parts of `module` in the order of memory in which products run fastest.
+
+    Args:
+        module: whose children are the maps; a child that is no plain nn.Linear stays as it is.
+        by_rows: as all others are kept, whatever runs fastest.
+    """
+    for part in module.children():
+        if type(part) is nn.Linear and not part.weight.is_meta:
+            weight = part.weight.data
+            columns = not by_rows and _faster_by_columns(weight)
+            part.weight.data = weight.T.contiguous().T if columns else weight.contiguous()
+    return module
+
+
+def _faster_by_columns(weight: Tensor) -> bool:
+    exact = weight.dtype in (torch.float32, torch.float64)
+    return exact and weight.device.type == "cpu" and weight.shape[0] >= TALL * weight.shape[1]
 
 
 def _product(part: Any, inputs: Tensor) -> Tensor:

@@ -95,18 +95,41 @@ def show(rows: list[Row], out: Path) -> None:
     plot([row for row in rows if row["task"] != "rates"], out.with_suffix(".png"))
 
 
+LABELS = {"full": "all parameters", "lora": "LoRA", "adalora": "AdaLoRA", "qlora": "QLoRA"}
+TITLES = {"sst2": "SST-2", "e2e": "E2E", "gsm8k": "GSM8K"}
+
+
 def plot(rows: list[Row], path: Path) -> None:
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     if not tasks:
         return
-    figure = Figure(figsize=(4.5 * len(tasks), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(tasks), 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         own = [row for row in rows if row["task"] == task]
-        for method in dict.fromkeys(row["method"] for row in own):
-            found = sorted((row["trainable"], row["test"]["loss"]) for row in own if row["method"] == method)
-            axes.plot(*zip(*found, strict=True), "o", label=method)
-        axes.set(xscale="log", xlabel="trainable parameters", ylabel="test loss, nats a token", title=task)
+        for method, marker in zip(dict.fromkeys(row["method"] for row in own), "sovD", strict=False):
+            ranks = sorted({row["rank"] for row in own if row["method"] == method})
+            places, means, bars = [], [], []
+            for rank in ranks:
+                found = [row for row in own if row["method"] == method and row["rank"] == rank]
+                losses = [row["test"]["loss"] for row in found]
+                places.append(found[0]["trainable"])
+                means.append(statistics.fmean(losses))
+                bars.append((means[-1] - min(losses), max(losses) - means[-1]))
+                if method == "lora":
+                    axes.annotate(
+                        str(rank), (places[-1], means[-1]), xytext=(6, 6), textcoords="offset points"
+                    )
+            axes.errorbar(
+                places, means, yerr=list(zip(*bars, strict=True)), marker=marker, capsize=3,
+                linestyle="-" if len(ranks) > 1 else "none", label=LABELS[method],
+            )  # fmt: skip
+        seeds = len({row["seed"] for row in own})
+        axes.set(
+            xscale="log", xlabel="trainable parameters (LoRA: with its rank)",
+            ylabel="test loss, nats a token",
+            title=f"{TITLES[task]}, " + ("one seed" if seeds == 1 else f"mean and range of {seeds} seeds"),
+        )  # fmt: skip
         axes.legend()
     figure.savefig(path, dpi=110)
     print(f"\nplot: {path}")

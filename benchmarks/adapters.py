@@ -7,7 +7,8 @@
 DIR holds sst2.{train,dev,test}.tsv (sentence, tab, 0 or 1), e2e.{valid,test}.txt (slots||sentence) and
 gsm8k.{train,test}.jsonl (question, answer). Each run is a process of its own, so that its peak of memory is
 its own. Finished runs are kept, and the same command goes on after an interruption, within a run from its
-last evaluation. Several processes may fill one file, each with another --task or --seeds.
+last evaluation. Several processes may fill one file, each with another --task or --seeds. `--precision
+float32` is for processors without products of bfloat16, which are many times slower there; a row says which.
 
 The state is chosen by the loss on held-out examples; what is reported is measured on the test file, which
 nothing was chosen by. A loss is in nats per learned token.
@@ -68,11 +69,11 @@ def runs(task: str, seeds: list[int]) -> list[Run]:
     ]
 
 
-def settings(run: Run, files: Path) -> tuple[Tuning, Path]:
+def settings(run: Run, files: Path, precision: str = "bfloat16") -> tuple[Tuning, Path]:
     """Return the settings of a run and the file that it is tested on."""
     common: dict[str, Any] = {
         "method": run.method, "rank": run.rank or 8, "seed": run.seed, "rate": run.rate, "batch": 8,
-        "micro": 8, "precision": "bfloat16", "evaluations": 6, "patience": 2, "tight": False,
+        "micro": 8, "precision": precision, "evaluations": 6, "patience": 2, "tight": False,
     }  # fmt: skip
     if run.task in ("sst2", "rates"):
         made = Tuning(
@@ -125,12 +126,14 @@ def write_split(files: Path, task: str, part: str, pairs: list[tuple[str, str]])
         (files / f"{task}.{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def measure(model: str, run: Run, data: Path, work: Path, before: dict[str, Any] | None) -> dict[str, Any]:
+def measure(
+    model: str, run: Run, data: Path, work: Path, before: dict[str, Any] | None, precision: str
+) -> dict[str, Any]:
     """Do one run; return its row. `before` is what the base does on the test file, where it is known."""
     files = work / "data"
     files.mkdir(parents=True, exist_ok=True)
     prepare(data, files)
-    tuning, test = settings(run, files)
+    tuning, test = settings(run, files, precision)
     loaded = hub.load(model, compute=torch.float32)
     tested = examples.read(
         replace(tuning, eval_data=(str(test),), eval_limit=TESTED[run.task], seed=0), loaded.tokenizer
@@ -145,6 +148,7 @@ def measure(model: str, run: Run, data: Path, work: Path, before: dict[str, Any]
     row = {
         **asdict(run),
         "rate": tuning.starting_rate,
+        "precision": precision,
         "base": base,
         "test": asdict(judged(loaded, attached.model, tested, tuning)),
         "held_out": asdict(found.end),
@@ -181,9 +185,10 @@ def status(key: str) -> int:
 
 
 def judged(loaded: hub.Loaded, model: Any, tested: examples.Examples, tuning: Tuning) -> Judged:
+    halved = tuning.precision == "bfloat16"
     return judge(
         model, tested.held_out, batches.pad_token(loaded.tokenizer), batch=TEST_BATCH,
-        word_ids=tested.word_ids, around=lambda: torch.autocast("cpu", torch.bfloat16),
+        word_ids=tested.word_ids, around=lambda: torch.autocast("cpu", torch.bfloat16, enabled=halved),
         watch=lambda done, total: say("test", done, total),
     )  # fmt: skip
 
@@ -270,6 +275,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--task", nargs="+", default=["rates", "sst2", "e2e", "gsm8k"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -288,7 +294,8 @@ def main() -> None:
         name = f".adapters-{run.task}-{run.method}-{run.rank}-{run.seed}-{run.rate or 'default'}"
         work = options.out.parent / name
         before = next((row["base"] for row in known(options.out) if row["task"] == run.task), None)
-        save(options.out, options.model, measure(options.model, run, options.data, work, before))
+        row = measure(options.model, run, options.data, work, before, options.precision)
+        save(options.out, options.model, row)
         shutil.rmtree(work, ignore_errors=True)
         return
     wanted = [run for task in options.task for run in runs(task, options.seeds)]
@@ -296,7 +303,8 @@ def main() -> None:
         if not done(options.out, run):
             print(run, flush=True)
             again = [sys.executable, __file__, options.model, "--data", str(options.data)]
-            again += ["--out", str(options.out), "--one", json.dumps(asdict(run))]
+            again += ["--precision", options.precision, "--out", str(options.out)]
+            again += ["--one", json.dumps(asdict(run))]
             subprocess.run(again, check=True)
     adapters_show.show(known(options.out), options.out)
 

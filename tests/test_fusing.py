@@ -163,7 +163,7 @@ def test_a_tall_matrix_is_kept_by_columns_in_memory_and_nowhere_else(
     rank = 1 + seed % min(rows, columns)
     module: Any = build(low_rank(rows, columns, rank, seed), form).float()
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
-    lean = fusing.LeanPivoted.of(module) if form == "pivoted" else fusing.LeanFactored.of(module)
+    lean: Any = LeanPivoted.of(module) if form == "pivoted" else LeanFactored.of(module)
 
     def kept(by_columns: bool) -> None:
         for part in lean.children():

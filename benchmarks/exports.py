@@ -5,9 +5,10 @@
 MODEL is a .gguf file or a folder, and the reference of the ratios; SMALLER are compressed folders. All are
 run in float32, and each is exported by eckart to each engine and storage, once, into --work. Then, storage by
 storage, every engine and every model in one process runs one pass after another (a prompt, tokens behind it),
-in rounds of alternating order, until --runs rounds are there. PyTorch runs in float32, eager and compiled
-(torch.compile, a static cache), beside every storage: what int8 is compared with is in the same rounds. A
-ratio is that to MODEL in the same engine and storage, with the quartiles of the ratios of single rounds.
+in rounds of alternating order, until --runs rounds are there. PyTorch runs in float32, fused (eckart.fuse),
+eager and compiled (torch.compile, a static cache), beside every storage: what int8 is compared with is in the
+same rounds. A ratio is that to MODEL in the same engine and storage, with the quartiles of the ratios of
+single rounds.
 
 What is finished is in the JSON, and the same command goes on after an interruption: exports and perplexities
 one by one, rounds by --chunk.
@@ -308,7 +309,7 @@ def main() -> None:
     tokenizer = next(iter(loaded.values())).tokenizer
     ids = text.tokenize(text.read(options.text, tokenizer), tokenizer)[: options.tokens]
     windows = text.windows(ids, options.seq_len)
-    models = {name: one.model for name, one in loaded.items()}
+    models = {name: eckart.fuse(one.model) for name, one in loaded.items()}
     for storage in options.storage:
         found = subjects(options, models, storage)
         measure_perplexities(found, windows, results)

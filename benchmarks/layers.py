@@ -80,15 +80,14 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=[0.6, 0.4])
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/layers.json"))
     options = parser.parse_args()
     found = [one for keep in options.keep for one in measure(options, keep)]
     print(
         "\n".join(["Ratio to the dense time (in units of the share):", "", *lines(found), "", *missed(found)])
     )
-    if options.out is not None:
-        made: dict[str, Any] = {"parts": [one.to_dict() for one in found]}
-        options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    made: dict[str, Any] = {"parts": [one.to_dict() for one in found]}
+    options.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

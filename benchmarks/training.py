@@ -54,11 +54,13 @@ class Shape:
     seq_len: int
     eval_windows: int
     rate: float
+    differences: int
+    """Rank of what blocks have on top of shared matrices."""
 
 
 SHAPES = {
-    "0.9M": Shape(1024, 128, 352, 4, 600, 4, 64, 96, 3e-3),
-    "10M": Shape(4096, 256, 704, 11, 400, 2, 128, 32, 1e-3),
+    "0.9M": Shape(1024, 128, 352, 4, 600, 4, 64, 96, 3e-3, 20),
+    "10M": Shape(4096, 256, 704, 11, 400, 2, 128, 32, 1e-3, 37),
 }
 DECAY = 0.1
 KEEPS = (0.5, 0.25)
@@ -87,10 +89,10 @@ class Run:
 
 
 SHARING = {
-    "shared": {0.5: ("every:2", 0), 0.25: ("every:4", 0)},
-    "differences": {0.5: ("every:4", 20)},
+    "shared": {0.5: "every:2", 0.25: "every:4"},
+    "differences": {0.5: "every:4"},
 }
-"""Groups of blocks that share all matrices, and the rank of what each has on top, by what remains."""
+"""Groups of blocks that share all matrices, by what remains."""
 
 
 WAYS: dict[str, tuple[float, ...]] = {
@@ -142,7 +144,8 @@ def model_for(run: Run) -> Any:
     shape = narrow(run.of, run.keep) if run.way == "narrow" else run.of
     model = preset.build(config(shape, tied=run.way != "untied"), seed=run.seed)
     if run.way in SHARING:
-        groups, rank = SHARING[run.way][run.keep]
+        rank = shape.differences if run.way == "differences" else 0
+        groups = SHARING[run.way][run.keep]
         return eckart.share(model, groups, differences=rank, start="first", seed=run.seed)[0].train()
     return preset.factorize(model, structure(run.keep)) if run.way in ("preset", "factor decay") else model
 

@@ -83,6 +83,7 @@ LAYERS = {
     "models": 6,
     "result": 6,
     "terminal": 6,
+    "panels": 6,
     "joined": 7,
     "windows": 6,
     "calibrate": 7,
@@ -290,7 +291,7 @@ LAYERS = {
 LOWEST_WITH_TRANSFORMERS = LAYERS["kinds"]
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 PRINTING = (
-    "cli", "terminal", "commands_tune", "commands_adapters", "commands_params", "commands_quantise",
+    "cli", "terminal", "panels", "commands_tune", "commands_adapters", "commands_params", "commands_quantise",
     "commands_export", "commands_share", "commands_pretrain", "commands_spectrum", "commands_bench",
     "commands_eval", "commands_push", "commands_curve", "commands_heal", "commands_sweep",
     "commands_report",

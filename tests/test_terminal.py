@@ -13,9 +13,10 @@ import pytest
 import typer
 from rich.cells import cell_len
 from rich.console import Console, Group
+from typer.main import get_command
 from typer.testing import CliRunner
 
-from eckart import evaluating, render, terminal
+from eckart import evaluating, panels, render, terminal
 from eckart.bars import Bars
 from eckart.cli import app
 
@@ -111,6 +112,32 @@ def test_every_command_has_json_and_help_of_any_width(name: str, monkeypatch: py
         if width >= 80:
             assert "--json" in found.output
             assert max(map(cell_len, found.output.splitlines())) <= width
+
+
+def test_every_command_and_every_option_of_a_very_long_one_stands_in_a_panel() -> None:
+    named = [name for names in panels.COMMANDS.values() for name in names]
+    assert sorted(named) == sorted(COMMANDS)
+    options = [name for names in panels.OPTIONS.values() for name in names]
+    assert len(options) == len(set(options))
+    found = getattr(get_command(app), "commands")  # noqa: B009  no type says that it is a group
+    used: set[str] = set()
+    for name, command in found.items():
+        own = {one.name for one in command.params if one.param_type_name == "option"}
+        used |= own
+        if name in ("compress", "tune", "pretrain"):  # others have what is theirs alone in front
+            assert own <= set(options), f"{name}: {own - set(options)} in no panel"
+    assert set(options) <= used
+
+
+def test_the_help_of_a_long_command_has_its_panels_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    lines = CliRunner().invoke(app, ["compress", "--help"]).output.splitlines()
+    assert [line.strip("╭─╮ ") for line in lines if line.startswith("╭─")] == [
+        "Arguments", "Options", "Budget", "Method", "Text and data", "Machine", "Output",
+    ]  # fmt: skip
+    budget = "\n".join(lines).partition("─ Budget ")[2].partition("─ Method ")[0]
+    assert "--keep" in budget
+    assert "--text" not in budget
 
 
 QUICK: dict[str, tuple[Any, ...]] = {

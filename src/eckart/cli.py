@@ -23,6 +23,7 @@ from . import (
     commands_spectrum,
     commands_sweep,
     hub,
+    panels,
     pipeline,
     planning,
     points,
@@ -311,6 +312,7 @@ commands_curve.register(app)
 commands_sweep.register(app)
 commands_heal.register(app)
 commands_report.register(app)
+panels.lay_out(app)
 
 
 if __name__ == "__main__":

@@ -114,6 +114,29 @@ def test_every_command_has_json_and_help_of_any_width(name: str, monkeypatch: py
             assert max(map(cell_len, found.output.splitlines())) <= width
 
 
+def test_estimates_are_of_this_run_of_a_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("eckart.bars.time.monotonic", lambda: now)
+    with Bars() as bars:
+        for stage, done, later in (
+            ("measure", 0, 0), ("measure", 1, 20), ("measure", 4, 60),  # a quarter in 80 s
+            ("choose", 0, 5), ("choose", 1, 500),
+            ("measure", 0, 50), ("measure", 8, 16),  # again: half in 16 s
+            ("calibrate", 6, 30), ("calibrate", 8, 40),  # goes on from 6, which took none of its time
+        ):  # fmt: skip
+            now += later
+            bars.watch(stage, done, 16)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()]
+    assert lines == [
+        "measure: 0 of 16", "measure: 1 of 16, 300 s left", "measure: 4 of 16, 240 s left",
+        "choose: 0 of 16", "choose: 1 of 16, 7500 s left",
+        "measure: 0 of 16", "measure: 8 of 16, 16 s left",
+        "calibrate: 6 of 16", "calibrate: 8 of 16, 160 s left",
+    ]  # fmt: skip
+
+
 def test_every_command_and_every_option_of_a_very_long_one_stands_in_a_panel() -> None:
     named = [name for names in panels.COMMANDS.values() for name in names]
     assert sorted(named) == sorted(COMMANDS)

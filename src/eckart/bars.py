@@ -4,12 +4,23 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10
+
+
+@dataclass(slots=True)
+class Stage:
+    """A bar: since when it runs, what was done before that, and what is done."""
+
+    task: TaskID
+    started: float
+    before: int
+    done: int
 
 
 class Bars:
@@ -29,8 +40,8 @@ class Bars:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.tasks: dict[str, TaskID] = {}
-        self.started = self.said = time.monotonic()
+        self.stages: dict[str, Stage] = {}
+        self.said = 0.0
         self.interrupted = False
         self.heard: Callable[[int, FrameType | None], object] | None = None
 
@@ -61,14 +72,27 @@ class Bars:
         """Show that `stage` has done `done` of `total`; raise KeyboardInterrupt that was lost before."""
         if self.interrupted:
             raise KeyboardInterrupt
-        if stage not in self.tasks:
-            for task in self.tasks.values():
-                self.progress.update(task, completed=self.progress.tasks[task].total)
-            self.tasks[stage] = self.progress.add_task(stage, total=total)
-            self.started, self.said = time.monotonic(), 0.0
-        self.progress.update(self.tasks[stage], completed=done, total=total)
-        if self.progress.disable and time.monotonic() - self.said > _SECONDS_BETWEEN_LINES:
-            self.said = time.monotonic()
-            left = (self.said - self.started) * (total - done) / done if done else None
-            estimate = "" if left is None else f", {left:.0f} s left"
+        known = self.stages.get(stage)
+        if known is None or done == 0 or done < known.done:
+            self._begin(stage, done, total)
+        own = self.stages[stage]
+        own.done = done
+        self.progress.update(own.task, completed=done, total=total)
+        now = time.monotonic()
+        if self.progress.disable and now - self.said > _SECONDS_BETWEEN_LINES:
+            self.said = now
+            made = done - own.before
+            estimate = f", {(now - own.started) * (total - done) / made:.0f} s left" if made else ""
             self.console.print(f"{stage}: {done} of {total}{estimate}", highlight=False)
+
+    def _begin(self, stage: str, done: int, total: int) -> None:
+        """Take the time of `stage` from now on: it is new, or runs again. What is done already took none."""
+        if stage in self.stages:
+            task = self.stages[stage].task
+            self.progress.reset(task, total=total, completed=done)
+        else:
+            for other in self.stages.values():
+                self.progress.update(other.task, completed=self.progress.tasks[other.task].total)
+            task = self.progress.add_task(stage, total=total, completed=done)
+            self.said = 0.0
+        self.stages[stage] = Stage(task, time.monotonic(), done, done)

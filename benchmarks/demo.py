@@ -64,7 +64,7 @@ def main() -> None:
     calibration, held_out = write_texts(ROOT / ".cache")
     # A quarter of the text that compress takes by default, so that two cores need less than ten minutes.
     run("compress", model, "--keep", 0.8, "--text", calibration, "--tokens", 8_192, "--gradient-tokens",
-        4_096, "--eval-text", held_out, "--eval-tokens", 2_048, "--out", OUT, "--overwrite")  # fmt: skip
+        2_048, "--eval-text", held_out, "--eval-tokens", 2_048, "--out", OUT, "--overwrite")  # fmt: skip
     run("eval", OUT, "--text", held_out, "--tokens", 2_048, "--against", model)
     print("\ndense:     ", generate(model))
     print("compressed:", generate(OUT))

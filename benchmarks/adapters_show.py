@@ -108,22 +108,7 @@ def plot(rows: list[Row], path: Path) -> None:
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
         own = [row for row in rows if row["task"] == task]
         for method, marker in zip(dict.fromkeys(row["method"] for row in own), "sovD", strict=False):
-            ranks = sorted({row["rank"] for row in own if row["method"] == method})
-            places, means, bars = [], [], []
-            for rank in ranks:
-                found = [row for row in own if row["method"] == method and row["rank"] == rank]
-                losses = [row["test"]["loss"] for row in found]
-                places.append(found[0]["trainable"])
-                means.append(statistics.fmean(losses))
-                bars.append((means[-1] - min(losses), max(losses) - means[-1]))
-                if method == "lora":
-                    axes.annotate(
-                        str(rank), (places[-1], means[-1]), xytext=(6, 6), textcoords="offset points"
-                    )
-            axes.errorbar(
-                places, means, yerr=list(zip(*bars, strict=True)), marker=marker, capsize=3,
-                linestyle="-" if len(ranks) > 1 else "none", label=LABELS[method],
-            )  # fmt: skip
+            draw(axes, method, marker, [row for row in own if row["method"] == method])
         seeds = len({row["seed"] for row in own})
         axes.set(
             xscale="log", xlabel="trainable parameters (LoRA: with its rank)",
@@ -133,3 +118,20 @@ def plot(rows: list[Row], path: Path) -> None:
         axes.legend()
     figure.savefig(path, dpi=110)
     print(f"\nplot: {path}")
+
+
+def draw(axes: Any, method: str, marker: str, rows: list[Row]) -> None:
+    """Draw the mean and the range of the losses of each rank."""
+    ranks = {rank: [row for row in rows if row["rank"] == rank] for rank in sorted({r["rank"] for r in rows})}
+    losses = [[row["test"]["loss"] for row in found] for found in ranks.values()]
+    means = [statistics.fmean(own) for own in losses]
+    places = [found[0]["trainable"] for found in ranks.values()]
+    ranges = [
+        [mean - min(own) for mean, own in zip(means, losses, strict=True)],
+        [max(own) - mean for mean, own in zip(means, losses, strict=True)],
+    ]
+    line = "-" if len(ranks) > 1 else "none"
+    axes.errorbar(places, means, ranges, marker=marker, capsize=3, linestyle=line, label=LABELS[method])
+    if method == "lora":
+        for rank, place, mean in zip(ranks, places, means, strict=True):
+            axes.annotate(str(rank), (place, mean), xytext=(6, 6), textcoords="offset points")

@@ -41,8 +41,8 @@ def plans(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     }
 
 
-def row(options: argparse.Namespace, plan: dict[str, Any], bars: Bars) -> dict[str, Any]:
-    """Make the model of `plan`, and measure it beside the dense one."""
+def row(options: argparse.Namespace, plan: dict[str, Any], dense: Any, bars: Bars) -> dict[str, Any]:
+    """Make the model of `plan`, and measure it beside `dense`."""
     spent = {"times": options.times} if "objective" in plan or "latency" in plan else {}
     model, result = eckart.compress(
         options.model, **plan, **spent, text=options.text, eval_text=options.eval_text, form=options.form,
@@ -61,7 +61,6 @@ def row(options: argparse.Namespace, plan: dict[str, Any], bars: Bars) -> dict[s
         found["foretold"] = timing.planned / timing.dense
         found["measured"] = timing.measured / timing.measured_dense
         found["remarks"] = timing.remarks()
-    dense = hub.load(options.model, compute=torch.float32).model
     for name, fuse in (("as it is", False), ("fused", True)):
         speed = eckart.bench(
             model, against=dense, prompt_tokens=128, new_tokens=32, runs=options.runs, loads=0, fuse=fuse,
@@ -116,11 +115,12 @@ def main() -> None:
         sys.exit(f"{options.out} was made by another protocol, {kept['protocol']}: another --out")
     rows: dict[str, Any] = kept["rows"]
     with Bars() as bars, fixed_threads(options.threads):
+        dense = hub.load(options.model, compute=torch.float32).model
         for name, plan in plans(options).items():
             if name in rows:
                 continue
             try:
-                rows[name] = row(options, plan, bars)
+                rows[name] = row(options, plan, dense, bars)
             except RankError as refused:  # nothing is faster than dense by so much
                 rows[name] = {"refused": str(refused)}
             report = {

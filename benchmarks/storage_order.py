@@ -23,7 +23,7 @@ from torch.nn import functional
 from eckart import environment
 from eckart.speed.options import Rounds
 from eckart.speed.spread import Spread, quotient
-from eckart.speed.timing import fixed_threads, in_turn
+from eckart.speed.timing import fixed_threads, in_turn, per_call
 
 SHAPES = (
     "3173x923", "2591x1505", "1336x200", "576x200", "376x200", "400x300", "1100x1000", "923x4096", "200x576",
@@ -36,17 +36,19 @@ SECONDS = 0.01
 def rows_of(shape: tuple[int, int], options: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]]:
     """Time a matrix of `shape`, rows x columns, for each number of tokens."""
     count = math.ceil(WORKING_SET / (shape[0] * shape[1] * dtype.itemsize))
-    by_rows = [torch.randn(shape).to(dtype) for _ in range(count)]
-    by_columns = [weight.T.contiguous().T for weight in by_rows]
+    weights = [torch.randn(shape).to(dtype) for _ in range(count)]
+    banks = {
+        "rows": [partial(functional.linear, weight=weight) for weight in weights],
+        "columns": [partial(functional.linear, weight=weight.T.contiguous().T) for weight in weights],
+    }
     found = []
     for tokens in options.tokens:
         inputs = torch.randn(tokens, shape[1]).to(dtype)
-        once = min(block(cycle(by_rows), inputs, 1) for _ in range(3))
+        once = min(block(cycle(banks["rows"]), inputs, 1) for _ in range(3))
         calls = max(1, math.ceil(SECONDS / once))
-        turns = {"rows": cycle(by_rows), "columns": cycle(by_columns)}
-        tasks = {name: partial(block, turn, inputs, calls) for name, turn in turns.items()}
+        tasks = {name: partial(block, cycle(bank), inputs, calls) for name, bank in banks.items()}
         seconds = in_turn(tasks, Rounds(runs=options.runs, warmup=2))
-        rows, columns = (Spread(tuple(seconds[name])) for name in turns)
+        rows, columns = (Spread(tuple(seconds[name])) for name in banks)
         ratio = quotient(columns, rows)
         row = {
             "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "tokens": tokens,
@@ -58,13 +60,8 @@ def rows_of(shape: tuple[int, int], options: argparse.Namespace, dtype: torch.dt
     return found
 
 
-@torch.no_grad()
-def block(turns: "cycle[Tensor]", inputs: Tensor, calls: int) -> float:
-    weights = list(islice(turns, calls))
-    start = time.perf_counter()
-    for weight in weights:
-        functional.linear(inputs, weight)
-    return (time.perf_counter() - start) / calls
+def block(turns: "cycle[partial[Tensor]]", inputs: Tensor, calls: int) -> float:
+    return per_call(list(islice(turns, calls)), inputs, time.perf_counter)
 
 
 def main() -> None:

@@ -27,7 +27,15 @@ TALL = 1.5
 """Rows per column from which a matrix is kept by columns."""
 
 
-class LeanFactored(FactoredLinear):
+class LaidOut(nn.Module):
+    """Whose matrices are kept as is fastest (`lay_out`), also on another device or in another dtype."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LaidOut":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return lay_out(self)
+
+
+class LeanFactored(LaidOut, FactoredLinear):
     """A FactoredLinear whose products run without anything around them."""
 
     @classmethod
@@ -45,16 +53,12 @@ class LeanFactored(FactoredLinear):
         made.down, made.up = self.down, self.up
         return lay_out(made, by_rows=True).train(self.training)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LeanFactored":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return lay_out(self)  # on another device, or of another dtype
-
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `inputs` (..., n) to (..., m)."""
         return _product(self.up, _product(self.down, inputs))
 
 
-class LeanPivoted(PivotedLinear):
+class LeanPivoted(LaidOut, PivotedLinear):
     """A PivotedLinear whose products run without anything around them, put in order only where they are not.
 
     `straight` tells that outputs are made in the order that they have; `moved` is what made it so
@@ -79,10 +83,6 @@ class LeanPivoted(PivotedLinear):
             made = PivotedLinear(self.in_features, self.out_features, self.rank)
         made.pivot, made.rest, made.order = self.pivot, self.rest, self.order
         return lay_out(made, by_rows=True).train(self.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LeanPivoted":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return lay_out(self)  # on another device, or of another dtype
 
     def reorder(self, order: Tensor) -> None:
         """Take `order` (m,) from now on."""

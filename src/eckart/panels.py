@@ -45,6 +45,7 @@ OPTIONS = {
 }  # fmt: skip
 """Panels in this order, with the names of their parameters; an option of none of them is in the first one."""
 _PANELS = {name: panel for panel, names in OPTIONS.items() for name in names}
+_PLACES = {name: place for place, name in enumerate(_PANELS)}
 LONG = 20
 """Options from which a command shows them in panels."""
 
@@ -57,12 +58,10 @@ class Panelled(TyperCommand):
         options = [one for one in self.params if one.param_type_name == "option"]
         if len(options) < LONG:
             return
-        order = [None, *_PANELS]
         for option in options:
             option.rich_help_panel = _PANELS.get(option.name or "")  # type: ignore[attr-defined]
         arguments = [one for one in self.params if one.param_type_name != "option"]
-        named = {one: one.name if one.name in _PANELS else None for one in options}
-        self.params = [*arguments, *sorted(options, key=lambda one: order.index(named[one]))]
+        self.params = [*arguments, *sorted(options, key=lambda one: _PLACES.get(one.name or "", -1))]
 
 
 def lay_out(app: typer.Typer) -> None:
@@ -72,12 +71,12 @@ def lay_out(app: typer.Typer) -> None:
         KeyError: a command is in none of them.
     """
     panels = {name: panel for panel, names in COMMANDS.items() for name in names}
-    order = list(panels)
+    places = {name: (place, panel) for place, (name, panel) in enumerate(panels.items())}
 
-    def name(info: Any) -> str:
-        return info.name or str(info.callback.__name__).replace("_", "-")
+    def where(info: Any) -> tuple[int, str]:
+        return places[info.name or str(info.callback.__name__).replace("_", "-")]
 
-    app.registered_commands.sort(key=lambda info: order.index(name(info)))
+    app.registered_commands.sort(key=where)
     for info in app.registered_commands:
-        info.rich_help_panel = panels[name(info)]
+        info.rich_help_panel = where(info)[1]
         info.cls = Panelled

@@ -16,7 +16,7 @@ from ..stages import Watch
 from .options import Rounds
 from .spread import Spread
 from .times import Kind, Row, Shape, Where, grid
-from .timing import Clock, in_turn, synchronise
+from .timing import Clock, in_turn, per_call
 
 STAGE = "time maps"
 WORKING_SET = 128_000_000
@@ -119,10 +119,10 @@ def _task(
     fits = max(1, len(pool) // size)
     first = [copy(index) for index in range(min(fits, _TRIALS))]
     # The quickest: one that was interrupted would leave too few calls, whose weights stay in the cache.
-    once = min(_block([module], inputs, clock) for module in first for _ in range(2))
+    once = min(per_call([module], inputs, clock) for module in first for _ in range(2))
     calls = min(_MOST_CALLS, max(1, math.ceil(_BLOCK_SECONDS / once))) if once > 0 else 1
     turns = itertools.cycle([*first, *map(copy, range(len(first), min(fits, calls)))])
-    return lambda: _block(_next(turns, calls), inputs, clock)
+    return lambda: per_call(_next(turns, calls), inputs, clock)
 
 
 def _next(turns: Iterator[nn.Module], calls: int) -> list[nn.Module]:
@@ -150,13 +150,3 @@ def made(kind: Kind, shape: Shape, rank: int, pool: Tensor, start: int) -> nn.Mo
         start += weight.numel()
     module.load_state_dict(views, strict=False, assign=True)
     return module.eval()  # type: ignore[no-any-return]
-
-
-@torch.no_grad()
-def _block(modules: Sequence[nn.Module], inputs: Tensor, clock: Clock) -> float:
-    synchronise(inputs.device)
-    start = clock()
-    for module in modules:
-        module(inputs)
-    synchronise(inputs.device)
-    return (clock() - start) / len(modules)

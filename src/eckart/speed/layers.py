@@ -23,7 +23,7 @@ from ..lean import LeanFactored, LeanPivoted
 from ..stages import Watch
 from .options import LayerOptions
 from .spread import Quotient, Spread, quotient
-from .timing import Clock, in_turn, synchronise
+from .timing import Clock, in_turn, per_call
 
 WORKING_SET = 128_000_000
 """Bytes of the copies of the smallest form."""
@@ -224,16 +224,9 @@ def _timed(
     return calls, {name: Spread(tuple(values)) for name, values in seconds.items()}
 
 
-@torch.no_grad()
 def _block(turns: Iterator[nn.Module], inputs: Tensor, calls: int, clock: Clock) -> float:
     """Return the seconds of a call, of `calls` in a row; the next block begins where this one ends."""
-    modules = list(itertools.islice(turns, calls))
-    synchronise(inputs.device)
-    start = clock()
-    for module in modules:
-        module(inputs)
-    synchronise(inputs.device)
-    return (clock() - start) / calls
+    return per_call(list(itertools.islice(turns, calls)), inputs, clock)
 
 
 def _time(

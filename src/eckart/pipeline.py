@@ -5,7 +5,7 @@ Stages are values: statistics -> decompositions -> choices -> modules.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +39,7 @@ from . import (
 from .accounting import sizes
 from .cached import Cached
 from .calibrate import Calibrated
-from .choices import Choice
+from .choices import Budget, Choice
 from .errors import ModelError
 from .factorize import Decomposed
 from .healing import Refined
@@ -54,9 +54,25 @@ from .timed import Timed
 from .windows import Rows, Windows
 
 
+@dataclass(slots=True)
+class Known:
+    """What finishing a recipe once found out, and is the same the next time: what was chosen and measured.
+
+    Args:
+        choices: for every matrix.
+        measured: on the held-out and on the foreign text; None until they were, and after healing.
+    """
+
+    choices: list[Choice]
+    measured: tuple[Measured | None, Measured | None] | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A dense model with everything that does not depend on the budget: it serves every budget."""
+    """A dense model with everything that does not depend on the budget: it serves every budget.
+
+    `known` remembers, by recipe, what `finish` found out.
+    """
 
     loaded: hub.Loaded
     found: list[Target]
@@ -69,6 +85,7 @@ class Prepared:
     run: Run
     timed: Timed | None = None
     measured: float | None = None
+    known: dict[str, Known] = field(default_factory=dict)
 
 
 def prepare(
@@ -192,8 +209,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         healing = _healed(recipe, prepared, model, original, ward)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     with accounting.rounded(model, found, dtype) as after:
-        compressed = decomposing.measured(run, "measure compressed", model, texts.held_out)
-        elsewhere = decomposing.measured(run, "measure compressed", model, texts.foreign)
+        compressed, elsewhere = _measured(recipe, prepared, model)
     modules = assemble.updated(modules, found, model)
     timing = timekeeping.with_measured(timing, prepared.measured, model, found, run)
     plugin.mark(kinds.fold(model))
@@ -226,6 +242,19 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     )
 
 
+def _measured(recipe: Recipe, prepared: Prepared, model: Any) -> tuple[Measured | None, Measured | None]:
+    """Measure the finished model on its texts, unless an equal one was."""
+    run, texts = prepared.run, prepared.texts
+    known = prepared.known[to_yaml(recipe)]
+    if known.measured is not None:
+        return known.measured
+    compressed = decomposing.measured(run, "measure compressed", model, texts.held_out)
+    elsewhere = decomposing.measured(run, "measure compressed", model, texts.foreign)
+    if recipe.heal is None:  # learning need not come to the same bits again
+        known.measured = compressed, elsewhere
+    return compressed, elsewhere
+
+
 Kept = list[tuple[Choice, str]]
 """Each choice that is in the model, with the name that its matrix has there."""
 
@@ -237,16 +266,10 @@ def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[M
     dtype = planning.output_dtype(recipe, stored)
     timed = planning.times_of(recipe, model, found, stored, run.watch, prepared.timed)
     limit = planning.limit_of(recipe, model, found, stored, timed)
-    with run.stage("choose") as progress:
-        trial, decomposed = prepared.texts.trial, prepared.decomposed
-
-        def tried(choices: Sequence[Choice]) -> Tensor:
-            assert trial is not None
-            return selection.trial_losses(model, decomposed, choices, trial)
-
-        choices = selection.choose(
-            recipe, limit, model, found, decomposed, None if trial is None else tried, progress
-        )
+    known = prepared.known.get(to_yaml(recipe))
+    if known is None:
+        known = prepared.known[to_yaml(recipe)] = Known(_chosen(recipe, prepared, limit))
+    choices = known.choices
     with run.stage("replace") as progress:
         made = assemble.build_modules(model, choices, prepared.decomposed, dtype, progress)
         assemble.put(model, made)
@@ -262,6 +285,21 @@ def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[M
     kept = zip([choice for choice in choices if choice.form != "dropped"], names, strict=True)
     timing = None if timed is None else timed.timing(recipe.resolved_objective, found, choices)
     return model, left, modules, list(kept), timing
+
+
+def _chosen(recipe: Recipe, prepared: Prepared, limit: Budget) -> list[Choice]:
+    """Return the choices for the recipe's budget, between forms by windows of text where there are some."""
+    model, found, decomposed = prepared.loaded.model, prepared.found, prepared.decomposed
+    trial = prepared.texts.trial
+
+    def tried(choices: Sequence[Choice]) -> Tensor:
+        assert trial is not None
+        return selection.trial_losses(model, decomposed, choices, trial)
+
+    with prepared.run.stage("choose") as progress:
+        return selection.choose(
+            recipe, limit, model, found, decomposed, None if trial is None else tried, progress
+        )
 
 
 def _store(recipe: Recipe, prepared: Prepared, model: Any, kept: Kept) -> None:

@@ -13,6 +13,7 @@ which needs hours to learn more than which tokens are frequent.
 
 import argparse
 import copy
+import importlib.util
 import json
 import sys
 import tempfile
@@ -315,6 +316,8 @@ def main() -> None:
         return
     if options.text is None or options.eval_text is None:
         sys.exit("give --text FILE and --eval-text FILE, or --show")
+    if "galore" in options.ways and importlib.util.find_spec("galore_torch") is None:
+        sys.exit("the way galore needs the package galore-torch: install it, or name the other --ways")
     tokenizer = tokens.train([text.plain(options.text)], SHAPES[options.shape].vocabulary)
     wanted = [
         Run(options.shape, way, keep, seed, rate)

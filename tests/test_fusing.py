@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import eckart
-from eckart import channels, common_pivots, fusing, refine
+from eckart import channels, common_pivots, fusing, joint, models, refine
 from eckart.errors import ConfigError, ModelError, NotPositiveDefinite
 from eckart.factors import (
     FORMS,
@@ -25,7 +25,7 @@ from eckart.factors import (
     pivot,
     rearranged,
 )
-from eckart.lean import LeanFactored, LeanPivoted
+from eckart.lean import TALL, LeanFactored, LeanJoint, LeanPivoted
 from eckart.quant import storage
 from eckart.quant.stored import StoredLinear
 from eckart.stages import silent
@@ -180,6 +180,40 @@ def test_a_tall_matrix_is_kept_by_columns_in_memory_and_nowhere_else(
     kept(True)
     lean.plain()
     kept(False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@given(
+    heights=st.lists(st.integers(1, 12), min_size=2, max_size=3),
+    columns=st.integers(2, 9),
+    seed=st.integers(0, 999),
+)
+@FAST
+def test_lean_maps_that_go_on_from_one_product_compute_what_they_did(
+    form: Form, heights: list[int], columns: int, seed: int
+) -> None:
+    rank = 1 + seed % min(sum(heights), columns)
+    stack = low_rank(sum(heights), columns, rank, seed)
+    plain = [module.float() for module in joint.build(stack, [(height, None) for height in heights], form)]
+    before = [{name: weight.clone() for name, weight in module.state_dict().items()} for module in plain]
+    inputs = gaussian(2, 3, rank, seed=seed, dtype=torch.float32)
+    expected = [module(inputs).detach() for module in plain]
+    fast = [LeanJoint.of(module) for module in plain]
+    assert all(module.down is plain[0].down for module in fast)
+    for module, output, state in zip(fast, expected, before, strict=True):
+        if module.up is not None:
+            height, width = module.up.weight.shape
+            tall = height >= TALL * width
+            assert module.up.weight.T.is_contiguous() if tall else module.up.weight.is_contiguous()
+        with torch.no_grad():
+            assert close(module(inputs), output, 2000)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert module(inputs).shape == output.shape
+        again = module.plain()
+        assert type(again) is joint.JointLinear
+        assert again.down is plain[0].down
+        assert all(torch.equal(weight, state[name]) for name, weight in again.state_dict().items())
+        assert all(weight.is_contiguous() for weight in again.state_dict().values())
 
 
 # pivots chosen together
@@ -416,6 +450,30 @@ def test_a_fused_model_is_the_same_function(name: str, compress: Compress) -> No
     eckart.unfuse(model)
     assert not fusing.is_fused(model)
     assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_fused_model_with_a_common_right_factor_is_the_same_function(
+    form: Form, compress: Compress, tmp_path: Path
+) -> None:
+    # A copy of it has products in common as well, and its folder the same bytes.
+    choice = {"keep": 0.4, "of": "linears", "share_inputs": True, "dtype": "float32"}
+    model, _ = compress(tiny.build("llama"), form=form, **choice)
+    shared = models.bases(model)
+    assert shared
+    expected = logits(model, IDS)
+    eckart.save(model, None, tmp_path / "before")
+    fast = copy.deepcopy(eckart.fuse(model))
+    assert any(isinstance(module, LeanJoint) for module in fast.modules())
+    assert models.bases(fast) == shared
+    assert close(logits(fast, IDS), expected, 2000)
+    eckart.save(fast, None, tmp_path / "after")
+    files = [tmp_path / place / "model.safetensors" for place in ("before", "after")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert close(logits(eckart.densify(fast), IDS), expected, 2000)
+    eckart.unfuse(model)
+    assert not fusing.is_fused(model)
+    assert torch.equal(logits(model, IDS), expected)
 
 
 def test_saving_a_fused_model_writes_what_it_was(

@@ -63,7 +63,7 @@ LAYERS = {
     "width": 2,
     "consensus": 3,
     "common_pivots": 3,
-    "lean": 3,
+    "lean": 4,
     "embeddings": 3,
     "lessons": 3,
     "losses": 3,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import eckart
-from eckart import ConfigError, ModelError, Recipe, StoreError, joint, kinds, models, readings
+from eckart import ConfigError, ModelError, Recipe, StoreError, fusing, joint, kinds, models, readings
 from eckart.declaration import EckartConfig
 from eckart.factors import FactoredLinear, LowRank
 from eckart.joint import JointLinear
@@ -257,8 +257,12 @@ def test_copies_and_pickles_are_models_of_their_own() -> None:
     assert torch.equal(small(inputs), expected)
 
 
-def test_torch_compile_makes_one_graph() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_torch_compile_makes_one_graph(fused: bool) -> None:
     small, _ = _joined()
+    if fused:
+        eckart.fuse(small)
+        assert fusing.is_fused(small)
     inputs = torch.randn(2, 8)
     compiled = torch.compile(small, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(inputs), small(inputs))

@@ -15,7 +15,8 @@ from . import channels, common_pivots, models
 from .channels import Channels
 from .errors import ModelError
 from .factors import FactoredLinear, PivotedLinear
-from .lean import LeanFactored, LeanPivoted
+from .joint import JointLinear
+from .lean import LEAN, LeanPivoted, lean
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +62,7 @@ def fuse(model: Any, *, joint_pivots: bool = False, bound: float = common_pivots
     unfuse(model)
     moved = {home: _fold(model, home, one, joint_pivots, bound) for home, one in channels.find(model).items()}
     for name, module in _plain(model).items():
-        if isinstance(module, FactoredLinear):
-            models.replace(model, name, LeanFactored.of(module))
-        else:
-            models.replace(model, name, LeanPivoted.of(module))
+        models.replace(model, name, lean(module))
     for home, found in moved.items():
         if found is not None:
             first: Any = model.get_submodule(home).get_submodule(found[2])
@@ -72,12 +70,11 @@ def fuse(model: Any, *, joint_pivots: bool = False, bound: float = common_pivots
     return model
 
 
-def _plain(model: nn.Module) -> dict[str, FactoredLinear | PivotedLinear]:
+def _plain(model: nn.Module) -> dict[str, FactoredLinear | PivotedLinear | JointLinear]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, FactoredLinear | PivotedLinear)
-        and not isinstance(module, LeanFactored | LeanPivoted)
+        if isinstance(module, FactoredLinear | PivotedLinear | JointLinear) and not isinstance(module, LEAN)
     }
 
 
@@ -115,7 +112,7 @@ def unfuse(model: Any) -> Any:
     """
     moved: list[tuple[str, Channels, torch.Tensor]] = []
     for name, module in list(model.named_modules()):
-        if not isinstance(module, LeanFactored | LeanPivoted):
+        if not isinstance(module, LEAN):
             continue
         if isinstance(module, LeanPivoted) and module.moved is not None:
             moved.append((name.rpartition(".")[0], *module.moved))
@@ -129,7 +126,7 @@ def unfuse(model: Any) -> Any:
 
 def is_fused(model: nn.Module) -> bool:
     """Tell whether `fuse` changed `model`, and `unfuse` did not since."""
-    return any(isinstance(module, LeanFactored | LeanPivoted) for module in model.modules())
+    return any(isinstance(module, LEAN) for module in model.modules())
 
 
 @contextmanager

@@ -4,10 +4,10 @@ What runs a token at a time spends a part of its time around the products: calls
 modules, and a selection that puts outputs in order. These modules have the parameters of those that they
 stand for, and compute the same; where a hook or an adapter sits on a part, they run that part as those do.
 
-The second of the two matrices is tall: many short rows. On a processor, products of float32 with a
-token or two read it faster when it is kept by columns (benchmarks/storage_order.py), so it is, in memory: its
-shape and its values are the same. bfloat16 is up to twenty times slower that way: it stays, and autocast to
-it takes the matrix by rows.
+The second of the two matrices is tall, and so are those that go on from a common product: many short rows. On
+a processor, products of float32 with a token or two read them faster when they are kept by columns
+(benchmarks/storage_order.py), so they are, in memory: shape and values are the same. bfloat16 is up to twenty
+times slower that way: it stays, and autocast to it takes the matrix by rows.
 
 Tried and left out, since it gains nothing: both products written into one output (`out=`), and products of a
 matrix and a vector for a single token.
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .factors import FactoredLinear, PivotedLinear, rearranged
+from .joint import JointLinear
 
 M = TypeVar("M", bound=nn.Module)
+J = TypeVar("J", bound=JointLinear)
 TALL = 1.5
 """Rows per column from which a matrix is kept by columns."""
 
@@ -101,6 +103,35 @@ class LeanPivoted(LaidOut, PivotedLinear):
         return joined if self.straight else rearranged(joined, self.order)
 
 
+class LeanJoint(LaidOut, JointLinear):
+    """A JointLinear whose product runs without anything around it; `down` stays with what holds it."""
+
+    @classmethod
+    def of(cls, module: JointLinear) -> "LeanJoint":
+        """Return the module with the parts of `module`; a tall one is kept by columns from now on."""
+        return lay_out(_with_parts(cls, module))
+
+    def plain(self) -> JointLinear:
+        """Return what it was made of."""
+        return lay_out(_with_parts(JointLinear, self), by_rows=True)
+
+    def forward(self, joint: Tensor) -> Tensor:
+        """Map `joint` z (..., r) to (..., m)."""
+        others = None if self.up is None else _product(self.up, joint)
+        if self.order is None:
+            assert others is not None
+            return others
+        known = joint if others is None else torch.cat([joint, others], dim=-1)
+        return rearranged(known, self.order)
+
+
+def _with_parts(kind: type[J], module: JointLinear) -> J:
+    with torch.device("meta"):
+        made = kind(module.down, module.out_features, module.own)
+    made.up, made.order = module.up, module.order
+    return made.train(module.training)
+
+
 def lay_out(module: M, by_rows: bool = False) -> M:
     """Keep each matrix of the parts of `module` in the order of memory in which products run fastest.
 
@@ -119,6 +150,16 @@ def lay_out(module: M, by_rows: bool = False) -> M:
 def _faster_by_columns(weight: Tensor) -> bool:
     exact = weight.dtype in (torch.float32, torch.float64)
     return exact and weight.device.type == "cpu" and weight.shape[0] >= TALL * weight.shape[1]
+
+
+LEAN = LeanFactored | LeanPivoted | LeanJoint
+
+
+def lean(module: FactoredLinear | PivotedLinear | JointLinear) -> LeanFactored | LeanPivoted | LeanJoint:
+    """Return `module` as it runs fastest."""
+    if isinstance(module, JointLinear):
+        return LeanJoint.of(module)
+    return LeanFactored.of(module) if isinstance(module, FactoredLinear) else LeanPivoted.of(module)
 
 
 def _product(part: Any, inputs: Tensor) -> Tensor:

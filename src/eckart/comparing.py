@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from . import dense, evaluating, hub, kinds, measure, models, splitting, stores,
 from .api import Sources, loaded, sources
 from .embeddings import FactoredEmbedding, FactoredHead
 from .errors import ConfigError, ModelError
+from .factors import NarrowLinear, PartialLinear
 from .measure import Comparison
 from .models import LowRankModule
 from .pages.notebook import Shown
@@ -58,8 +59,8 @@ class Pair:
         shape_a, shape_b: (out, in) of the map that it stands for, with what width left out; None where a
             model has no linear map of this name.
         parameters_a, parameters_b: that hold it, without its bias; what it shares counts in each that has it.
-        change: |A - B| / |A| of the maps, Frobenius; None where their shapes differ or one is missing, and
-            where A is zero.
+        change: |A - B| / |A| of the maps, Frobenius; None where their shapes differ or one is missing, where
+            a hidden dimension is narrower in one (`narrowed`), and where A is zero.
     """
 
     name: str
@@ -234,13 +235,16 @@ def _continued(model: Any, ids: torch.Tensor, new_tokens: int, tokenizer: Any) -
     return str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
 
 
-def pair(name: str, own: nn.Module | None, other: nn.Module | None) -> Pair:
-    """Return what the map `name` is in both models; None where one has none."""
+def pair(name: str, own: nn.Module | None, other: nn.Module | None, alike: bool = True) -> Pair:
+    """Return what the map `name` is in both models; None where one has none.
+
+    `alike` tells that rows and columns stand for the same channels in both; else there is no difference.
+    """
     weights = [None if one is None else matrix(one) for one in (own, other)]
     shapes = [None if one is None else (one.shape[0], one.shape[1]) for one in weights]
     counts = [None if one is None else held(one) for one in (own, other)]
     change, (first, second) = None, weights
-    if first is not None and second is not None and first.shape == second.shape:
+    if alike and first is not None and second is not None and first.shape == second.shape:
         size = float(first.norm())
         change = float((first - second).norm()) / size if size else None
     return Pair(name, shapes[0], shapes[1], counts[0], counts[1], change)
@@ -254,9 +258,10 @@ def _pairs(
         splitting.unfold(one.model, False)
     found = [maps(one.model) for one in both]
     names = list(dict.fromkeys([*found[0], *found[1]]))
+    moved = narrowed(found[0]) | narrowed(found[1])
     made = []
     for done, name in enumerate(names, 1):
-        made.append(pair(name, found[0].get(name), found[1].get(name)))
+        made.append(pair(name, found[0].get(name), found[1].get(name), name not in moved))
         progress(done, len(names))
     notes = []
     lone = sum(pair.shape_a is None or pair.shape_b is None for pair in made)
@@ -265,7 +270,34 @@ def _pairs(
     others = sum(None not in (p.shape_a, p.shape_b) and p.shape_a != p.shape_b for p in made)
     if others:
         notes.append(f"{others} matrices have other shapes in B than in A: their weights have no difference.")
+    if moved:
+        notes.append(
+            f"{len(moved)} matrices are narrower inside of an MLP or a head, and which channels are left, or "
+            "in which basis, is not stored: their weights have no difference."
+        )
     return tuple(made), notes
+
+
+def narrowed(found: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the maps that write or read hidden channels which are not those of the dense model.
+
+    What is left of a narrower hidden dimension stands side by side; narrower values of a head are in a basis
+    of their own, while rotary pairs stand where they stood.
+    """
+    moved = {name for name, module in found.items() if isinstance(module, NarrowLinear)}
+    partial = {name: module for name, module in found.items() if isinstance(module, PartialLinear)}
+    for name, output in partial.items():
+        if output.side == "columns":
+            home = name.rpartition(".")[0]
+            values = {n for n, m in partial.items() if n.rpartition(".")[0] == home and _writes(m, output)}
+            moved |= {name, *values}
+    return moved
+
+
+def _writes(values: PartialLinear, output: PartialLinear) -> bool:
+    """Tell whether `values` has the rows, head by head, that `output` reads."""
+    places = output.places[output.places < values.out_features]
+    return values.side == "rows" and torch.equal(places.sort().values, values.places.sort().values)
 
 
 def maps(model: Any) -> dict[str, nn.Module]:

@@ -13,7 +13,6 @@ which needs hours to learn more than which tokens are frequent.
 
 import argparse
 import copy
-import importlib.util
 import json
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from transformers import LlamaConfig, TrainerCallback
 
 import eckart
 from eckart import environment, hub, models, text
-from eckart.adapt import tune
+from eckart.adapt import trainer, tune
 from eckart.adapt.tuned import Tuned
 from eckart.adapt.tuning import Tuning
 from eckart.factors import Form
@@ -316,8 +315,8 @@ def main() -> None:
         return
     if options.text is None or options.eval_text is None:
         sys.exit("give --text FILE and --eval-text FILE, or --show")
-    if "galore" in options.ways and importlib.util.find_spec("galore_torch") is None:
-        sys.exit("the way galore needs the package galore-torch: install it, or name the other --ways")
+    if "galore" in options.ways:
+        trainer.check_optimizer("galore_adamw")
     tokenizer = tokens.train([text.plain(options.text)], SHAPES[options.shape].vocabulary)
     wanted = [
         Run(options.shape, way, keep, seed, rate)

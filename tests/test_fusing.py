@@ -25,7 +25,8 @@ from eckart.factors import (
     pivot,
     rearranged,
 )
-from eckart.lean import TALL, LeanFactored, LeanJoint, LeanPivoted
+from eckart.lean import TALL, LeanJoint, LeanPivoted
+from eckart.lean import lean as lean_of
 from eckart.quant import storage
 from eckart.quant.stored import StoredLinear
 from eckart.stages import silent
@@ -86,7 +87,7 @@ def test_a_lean_module_computes_its_map(
     rank = 1 + seed % min(rows, columns)
     bias = gaussian(rows, seed=seed + 2) if biased else None
     module = build(low_rank(rows, columns, rank, seed), form, bias).float()
-    lean = LeanPivoted.of(module) if isinstance(module, PivotedLinear) else LeanFactored.of(module)
+    lean = lean_of(module)
     inputs = gaussian(*shape, columns, seed=seed + 3, dtype=torch.float32)
     expected = module(inputs).detach()
     with torch.no_grad():
@@ -129,7 +130,7 @@ def test_what_listens_to_a_part_hears_it() -> None:
 def test_autocast_and_half_precision_are_those_of_the_plain_module() -> None:
     for form in FORMS:
         module = build(low_rank(9, 7, 3), form, gaussian(9)).float()
-        lean = LeanPivoted.of(module) if isinstance(module, PivotedLinear) else LeanFactored.of(module)
+        lean = lean_of(module)
         inputs = gaussian(2, 5, 7, dtype=torch.float32)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             assert lean(inputs).dtype == torch.bfloat16
@@ -163,7 +164,7 @@ def test_a_tall_matrix_is_kept_by_columns_in_memory_and_nowhere_else(
     rank = 1 + seed % min(rows, columns)
     module: Any = build(low_rank(rows, columns, rank, seed), form).float()
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
-    lean: Any = LeanPivoted.of(module) if form == "pivoted" else LeanFactored.of(module)
+    lean: Any = lean_of(module)
 
     def kept(by_columns: bool) -> None:
         for part in lean.children():
@@ -198,7 +199,8 @@ def test_lean_maps_that_go_on_from_one_product_compute_what_they_did(
     before = [{name: weight.clone() for name, weight in module.state_dict().items()} for module in plain]
     inputs = gaussian(2, 3, rank, seed=seed, dtype=torch.float32)
     expected = [module(inputs).detach() for module in plain]
-    fast = [LeanJoint.of(module) for module in plain]
+    fast: list[Any] = [lean_of(module) for module in plain]
+    assert all(type(module) is LeanJoint for module in fast)
     assert all(module.down is plain[0].down for module in fast)
     for module, output, state in zip(fast, expected, before, strict=True):
         if module.up is not None:

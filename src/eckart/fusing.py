@@ -16,7 +16,7 @@ from .channels import Channels
 from .errors import ModelError
 from .factors import FactoredLinear, PivotedLinear
 from .joint import JointLinear
-from .lean import LEAN, LeanPivoted, lean
+from .lean import Lean, LeanPivoted, lean
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def _plain(model: nn.Module) -> dict[str, FactoredLinear | PivotedLinear | Joint
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, FactoredLinear | PivotedLinear | JointLinear) and not isinstance(module, LEAN)
+        if isinstance(module, FactoredLinear | PivotedLinear | JointLinear) and not isinstance(module, Lean)
     }
 
 
@@ -112,7 +112,7 @@ def unfuse(model: Any) -> Any:
     """
     moved: list[tuple[str, Channels, torch.Tensor]] = []
     for name, module in list(model.named_modules()):
-        if not isinstance(module, LEAN):
+        if not isinstance(module, Lean):
             continue
         if isinstance(module, LeanPivoted) and module.moved is not None:
             moved.append((name.rpartition(".")[0], *module.moved))
@@ -126,7 +126,7 @@ def unfuse(model: Any) -> Any:
 
 def is_fused(model: nn.Module) -> bool:
     """Tell whether `fuse` changed `model`, and `unfuse` did not since."""
-    return any(isinstance(module, LEAN) for module in model.modules())
+    return any(isinstance(module, Lean) for module in model.modules())
 
 
 @contextmanager

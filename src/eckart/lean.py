@@ -152,10 +152,10 @@ def _faster_by_columns(weight: Tensor) -> bool:
     return exact and weight.device.type == "cpu" and weight.shape[0] >= TALL * weight.shape[1]
 
 
-LEAN = LeanFactored | LeanPivoted | LeanJoint
+Lean = LeanFactored | LeanPivoted | LeanJoint
 
 
-def lean(module: FactoredLinear | PivotedLinear | JointLinear) -> LeanFactored | LeanPivoted | LeanJoint:
+def lean(module: FactoredLinear | PivotedLinear | JointLinear) -> Lean:
     """Return `module` as it runs fastest."""
     if isinstance(module, JointLinear):
         return LeanJoint.of(module)

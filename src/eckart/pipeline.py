@@ -59,11 +59,11 @@ class Known:
     """What finishing a recipe once found out, and is the same the next time: what was chosen and measured.
 
     Args:
-        choices: for every matrix.
+        choices: for every matrix; None until they were made.
         measured: on the held-out and on the foreign text; None until they were, and after healing.
     """
 
-    choices: list[Choice]
+    choices: list[Choice] | None = None
     measured: tuple[Measured | None, Measured | None] | None = None
 
 
@@ -85,7 +85,7 @@ class Prepared:
     run: Run
     timed: Timed | None = None
     measured: float | None = None
-    known: dict[str, Known] = field(default_factory=dict)
+    known: dict[Recipe, Known] = field(default_factory=dict)
 
 
 def prepare(
@@ -196,7 +196,8 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     dtype, texts = planning.output_dtype(recipe, loaded.stored), prepared.texts
     anchored = recipe.resolved_method().target == "anchored"
     original = copy.deepcopy(loaded.model) if recipe.heal is not None or anchored else None
-    model, found, modules, kept, timing = _made(recipe, prepared)
+    known = prepared.known.setdefault(recipe, Known())
+    model, found, modules, kept, timing = _made(recipe, prepared, known)
     if anchored:
         _anchor(recipe, prepared, model, original)
     if recipe.stores:
@@ -209,7 +210,7 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
         healing = _healed(recipe, prepared, model, original, ward)
     # Weights are rounded to the output dtype, then measured in the dtype that this device computes in.
     with accounting.rounded(model, found, dtype) as after:
-        compressed, elsewhere = _measured(recipe, prepared, model)
+        compressed, elsewhere = _measured(recipe, prepared, known, model)
     modules = assemble.updated(modules, found, model)
     timing = timekeeping.with_measured(timing, prepared.measured, model, found, run)
     plugin.mark(kinds.fold(model))
@@ -242,10 +243,11 @@ def finish(recipe: Recipe, prepared: Prepared, ward: mend.Ward | None = None) ->
     )
 
 
-def _measured(recipe: Recipe, prepared: Prepared, model: Any) -> tuple[Measured | None, Measured | None]:
+def _measured(
+    recipe: Recipe, prepared: Prepared, known: Known, model: Any
+) -> tuple[Measured | None, Measured | None]:
     """Measure the finished model on its texts, unless an equal one was."""
     run, texts = prepared.run, prepared.texts
-    known = prepared.known[to_yaml(recipe)]
     if known.measured is not None:
         return known.measured
     compressed = decomposing.measured(run, "measure compressed", model, texts.held_out)
@@ -259,16 +261,17 @@ Kept = list[tuple[Choice, str]]
 """Each choice that is in the model, with the name that its matrix has there."""
 
 
-def _made(recipe: Recipe, prepared: Prepared) -> tuple[Any, list[Target], list[Module], Kept, Timing | None]:
+def _made(
+    recipe: Recipe, prepared: Prepared, known: Known
+) -> tuple[Any, list[Target], list[Module], Kept, Timing | None]:
     """Choose, and put the modules into the model; return it, its targets and what became of them."""
     run, found, model = prepared.run, prepared.found, prepared.loaded.model
     stored = prepared.loaded.stored
     dtype = planning.output_dtype(recipe, stored)
     timed = planning.times_of(recipe, model, found, stored, run.watch, prepared.timed)
     limit = planning.limit_of(recipe, model, found, stored, timed)
-    known = prepared.known.get(to_yaml(recipe))
-    if known is None:
-        known = prepared.known[to_yaml(recipe)] = Known(_chosen(recipe, prepared, limit))
+    if known.choices is None:
+        known.choices = _chosen(recipe, prepared, limit)
     choices = known.choices
     with run.stage("replace") as progress:
         made = assemble.build_modules(model, choices, prepared.decomposed, dtype, progress)

@@ -197,7 +197,7 @@ def arguments(
     """Return Trainer's arguments; `work` is where its checkpoints go, `inner` names what GaLore projects.
 
     Raises:
-        ConfigError: the package of the optimizer is missing.
+        ConfigError: as `check_optimizer`.
     """
     paged = device.type == "cuda" and tuning.method == "qlora" and tuning.paged is not False
     return TrainingArguments(
@@ -210,7 +210,7 @@ def arguments(
         warmup_steps=math.ceil(tuning.warmup * plan.steps),
         weight_decay=tuning.weight_decay,
         max_grad_norm=tuning.clip,
-        optim="paged_adamw_32bit" if paged else _optimizer(tuning),
+        optim="paged_adamw_32bit" if paged else check_optimizer(tuning.optimizer),
         optim_args=tuning.optimizer_args,
         optim_target_modules=list(inner) if inner else None,
         bf16=precision == torch.bfloat16,
@@ -236,12 +236,17 @@ def arguments(
     )
 
 
-def _optimizer(tuning: Tuning) -> str:
-    if tuning.optimizer == "adamw":
+def check_optimizer(name: str) -> str:
+    """Return what Trainer calls the optimizer `name` of a Tuning.
+
+    Raises:
+        ConfigError: its package is missing.
+    """
+    if name == "adamw":
         return "adamw_torch"
     if importlib.util.find_spec("galore_torch") is None:
-        raise ConfigError(f"optimizer {tuning.optimizer!r} needs GaLore: pip install galore-torch")
-    return tuning.optimizer
+        raise ConfigError(f"optimizer {name!r} needs GaLore: pip install galore-torch")
+    return name
 
 
 @contextlib.contextmanager

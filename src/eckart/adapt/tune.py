@@ -78,6 +78,7 @@ class _Run:
         model, self.tokenizer = loaded.model, loaded.tokenizer
         if self.tokenizer is None:
             raise ModelError("data needs a tokenizer: pass tokenizer=")
+        trainer.check_optimizer(tuning.optimizer)  # now, not after the base was judged
         self.loaded, self.tuning, self.work, self.watch = loaded, tuning, work, watch
         self.place = model.device
         if tuning.tight and self.place.type == "cpu":

@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import eckart
-from eckart import ConfigError, modelcard, origins
+from eckart import ConfigError, environment, modelcard, origins
 from eckart.measure import Perplexity
 
 from . import tiny
@@ -189,3 +189,12 @@ def test_figures_are_recorded_in_folders_of_eckart_alone(tmp_path: Path, llama_f
     found = invoke("eval", llama_folder, "--text", "x.txt", "--record")
     assert found.exit_code == 2
     assert "has no model card of eckart" in found.output
+
+
+def test_cards_name_files_and_not_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.txt").touch()
+    monkeypatch.chdir(tmp_path)
+    assert environment.name_of(str(tmp_path / "text.txt")) == "text.txt"
+    assert environment.name_of("../" + tmp_path.name + "/text.txt") == "text.txt"
+    assert environment.name_of(str(tmp_path / "text.txt") + "=2") == "text.txt=2"
+    assert environment.name_of("owner/model") == "owner/model"

@@ -40,8 +40,9 @@ def describe() -> dict[str, Any]:
 
 
 def name_of(word: str) -> str:
-    """Return the last part of what is a path here, and anything else (a hub id) as it is."""
-    return Path(word).name if Path(word).exists() else word
+    """Return the last part of what is a path here or an absolute one, and else (a hub id) all of it."""
+    path = Path(word)
+    return path.name if path.is_absolute() or path.exists() else word
 
 
 def command() -> list[str]:

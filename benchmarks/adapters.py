@@ -1,14 +1,15 @@
 """Full fine-tuning, LoRA, AdaLoRA and QLoRA on three tasks: quality, size, memory, time; kept as JSON.
 
     python benchmarks/adapters.py MODEL --data DIR              all runs that are not in the file yet
-    python benchmarks/adapters.py MODEL --data DIR --task sst2 --seeds 0
+    python benchmarks/adapters.py MODEL --data DIR --task sst2 --seeds 0 --method lora qlora
     python benchmarks/adapters.py --show                        the tables and the plot of what is there
 
 DIR holds sst2.{train,dev,test}.tsv (sentence, tab, 0 or 1), e2e.{valid,test}.txt (slots||sentence) and
 gsm8k.{train,test}.jsonl (question, answer). Each run is a process of its own, so that its peak of memory is
 its own. Finished runs are kept, and the same command goes on after an interruption, within a run from its
-last evaluation. Several processes may fill one file, each with another --task or --seeds. `--precision
-float32` is for processors without products of bfloat16, which are many times slower there; a row says which.
+last evaluation. Several processes may fill one file, each with another --task, --seeds or --method.
+`--precision float32` is for processors without products of bfloat16, which are many times slower there; a row
+says which.
 
 The state is chosen by the loss on held-out examples; what is reported is measured on the test file, which
 nothing was chosen by. A loss is in nats per learned token.
@@ -35,6 +36,7 @@ from eckart.adapt.tuning import Tuning
 from eckart.spectra import singular_values
 
 RESULTS = Path("benchmarks/results/adapters.json")
+METHODS = ("full", "lora", "adalora", "qlora")
 TEST_BATCH = 8
 
 
@@ -275,6 +277,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--task", nargs="+", default=["rates", "sst2", "e2e", "gsm8k"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--method", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--show", action="store_true")
@@ -300,7 +303,7 @@ def main() -> None:
         return
     wanted = [run for task in options.task for run in runs(task, options.seeds)]
     for run in wanted:
-        if not done(options.out, run):
+        if run.method in options.method and not done(options.out, run):
             print(run, flush=True)
             again = [sys.executable, __file__, options.model, "--data", str(options.data)]
             again += ["--precision", options.precision, "--out", str(options.out)]

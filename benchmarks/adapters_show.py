@@ -79,6 +79,42 @@ def cuts(row: Row) -> list[list[str]]:
     ]
 
 
+def answers(own: list[Row]) -> list[str]:
+    """Return what the rows of one task say: the best rank, and AdaLoRA and QLoRA beside LoRA of their rank.
+
+    Methods are compared where they had the same seed: the same examples in the same order.
+    """
+    by = {(row["method"], row["rank"], row["seed"]): row for row in own}
+    seeds = sorted({row["seed"] for row in own})
+    best = []
+    for seed in seeds:
+        losses = {
+            rank: row["test"]["loss"]
+            for (method, rank, drawn), row in by.items()
+            if (method, drawn) == ("lora", seed)
+        }
+        best += [str(min(losses, key=losses.__getitem__))] if len(losses) > 1 else []
+    found = [f"best rank of LoRA on each seed: {', '.join(best)}"] if best else []
+    for method, rank in dict.fromkeys((method, rank) for method, rank, _ in by if "lora" in method[1:]):
+        pairs = [
+            (by[method, rank, seed], by["lora", rank, seed])
+            for seed in seeds
+            if (method, rank, seed) in by and ("lora", rank, seed) in by
+        ]
+        if not pairs:
+            continue
+        lower = sum(one["test"]["loss"] < other["test"]["loss"] for one, other in pairs)
+        ratios = [
+            sum(one[part]["loss"] for one, _ in pairs) / sum(other[part]["loss"] for _, other in pairs) - 1
+            for part in ("held_out", "test")
+        ]
+        found.append(
+            f"{LABELS[method]} to LoRA of rank {rank}: held-out loss {ratios[0]:+.1%}, test loss "
+            f"{ratios[1]:+.1%}, lower on {lower} of {len(pairs)} seeds"
+        )
+    return found
+
+
 def show(rows: list[Row], out: Path) -> None:
     """Print the tables of every task that has rows, and draw the plot beside `out`."""
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -88,6 +124,8 @@ def show(rows: list[Row], out: Path) -> None:
         right = "" if base["accuracy"] is None else f", accuracy {base['accuracy']:.1%}"
         print(f"\n{task}: the base has test loss {base['loss']:.3f}{right}\n")
         print(render.markdown_table(COLUMNS, [cells(what, of, full) for what, of in groups(own).items()]))
+        if task != "rates":
+            print("".join(f"\n- {line}" for line in answers(own)))
         for row in full:
             if "spectra" in row:
                 print("\n" + render.markdown_table(SPECTRUM, spectra(row)))

@@ -179,6 +179,25 @@ def test_narrow_inputs_are_multiplied_in_float32() -> None:
     assert not is_close((rows.T @ rows / len(rows)).double(), exact)
 
 
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_products_are_exact_under_autocast(statistic: Statistic) -> None:
+    linear = nn.Linear(6, 4)
+    inputs = [1 + window / 100 for window in windows()]  # near to one direction: rounding would show
+    seen: list[Trace] = []
+    with torch.autocast("cpu", torch.bfloat16), collect(linear, [""], [statistic]) as found:
+        for window in inputs:
+            output = linear(window)
+            (gradient,) = torch.autograd.grad(output.square().sum(), output, retain_graph=True)
+            rows, wide = gradient.double()[0], window.double()[0]
+            seen.append(Trace(wide, rows, rows.T @ wide))
+            output.square().sum().backward()
+    # Each gradient came twice: for the trace and with the backward pass.
+    mean = found.moment(statistic, "").mean()
+    assert is_close(mean, by_hand(statistic, seen))
+    if mean.ndim == 2:
+        assert float(torch.linalg.eigvalsh(mean.double()).min()) >= -1e-5 * float(mean.norm())
+
+
 def test_sums_in_float64_do_not_stall() -> None:
     layer = nn.Sequential(nn.Linear(1, 1))
     means = {}

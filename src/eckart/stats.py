@@ -149,6 +149,19 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1]).to(torch.float32)
 
 
+@contextmanager
+def _exactly(device: torch.device) -> Iterator[None]:
+    """Let products be those of float32 where the model runs under autocast, whose hooks run under it, too.
+
+    A second moment in bfloat16 is neither near enough nor positive semidefinite.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _chosen(rows: Tensor, real: Tensor | None) -> Tensor:
     return rows if real is None else rows[real.to(rows.device)]
 
@@ -257,11 +270,12 @@ class _Collector:
             if not self.open:
                 return
             rows = _rows(gradient)
-            if "gradient" in self.wanted:
-                chosen = _chosen(rows, real)
-                self.add("gradient", name, _second_moment(chosen), len(chosen))
-            if kept is not None:
-                self.add_fisher(name, rows, kept, width, real, samples)
+            with _exactly(rows.device):
+                if "gradient" in self.wanted:
+                    chosen = _chosen(rows, real)
+                    self.add("gradient", name, _second_moment(chosen), len(chosen))
+                if kept is not None:
+                    self.add_fisher(name, rows, kept, width, real, samples)
 
         _on_backward(output, on_gradient)
 
@@ -344,7 +358,8 @@ def _hook(collector: _Collector, name: str) -> Callable[[nn.Module, tuple[Tensor
             raise ModelError(f"{name} is called by keyword: leave it out with --exclude")
         width: int = getattr(module, "num_embeddings", args[0].shape[-1])
         places: Tensor | None = getattr(module, "routed", None)
-        collector.on_input(name, args[0], width, places)
+        with _exactly(args[0].device):
+            collector.on_input(name, args[0], width, places)
         collector.on_output(name, args[0], output, width, places)
 
     return on_forward

@@ -100,7 +100,7 @@ def attach(
     config = _config(model, tuning, chosen, steps, passes)
     with torch.random.fork_rng(devices=[]), known_warnings():
         torch.manual_seed(tuning.seed)
-        made = _with_layers(model, config, tuning, batches, around)
+        made = _with_layers(model, config, tuning, batches)
     for name, factors in corrections.items():
         _put(made, name, factors)
     start = {name: _value(made, name) for name in chosen} if tuning.starting in MUTATING else {}
@@ -272,16 +272,15 @@ def _with_layers(
     config: Any,
     tuning: Tuning,
     batches: Sequence[Batch],
-    around: Callable[[], AbstractContextManager[Any]],
 ) -> Any:
     """Return PEFT's model; the initialisations that look at data see `batches`."""
     peft = peft_package()
     if tuning.starting == "corda":
 
         def run() -> None:
+            # Not under autocast, which PEFT's covariances would be multiplied under.
             for batch in batches:
-                with around():
-                    model(input_ids=batch["input_ids"], use_cache=False)
+                model(input_ids=batch["input_ids"], use_cache=False)
 
         from peft.tuners.lora.corda import preprocess_corda
 

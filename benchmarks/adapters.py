@@ -58,7 +58,7 @@ def runs(task: str, seeds: list[int]) -> list[Run]:
             Run(task, "full", 0, 0, 1e-4),
             Run(task, "lora", 8, 0, 1e-3),
         ]
-    ranks = (2, 4, 8, 16, 32) if task == "sst2" else (2, 8, 32)
+    ranks = {"sst2": (2, 4, 8, 16, 32), "e2e": (2, 8, 32), "gsm8k": (2, 4, 8, 32)}[task]
     return [
         run
         for seed in (seeds if task == "sst2" else seeds[:1])

@@ -51,6 +51,30 @@ class Run:
     rate: float | None = None
 
 
+@dataclass(frozen=True)
+class Task:
+    """The protocol of one task; `learned`: examples to learn from, where the file has no split of its own.
+
+    The steps are so many that full fine-tuning's held-out loss rises again before the end.
+    """
+
+    ranks: tuple[int, ...]
+    seq_len: int
+    steps: int
+    evaluations: int
+    held_out: int
+    tested: int
+    learned: int | None = None
+
+
+TASKS = {
+    "sst2": Task((2, 4, 8, 16, 32), 128, 120, 6, 128, 600),
+    "e2e": Task((2, 8, 32), 128, 360, 12, 64, 300, 480),
+    "gsm8k": Task((2, 4, 8, 32), 320, 100, 10, 24, 80, 160),
+}
+TASKS["rates"] = TASKS["sst2"]
+
+
 def runs(task: str, seeds: list[int]) -> list[Run]:
     """All runs of a task; `rates` are those of sst2 again with another rate."""
     if task == "rates":
@@ -58,13 +82,12 @@ def runs(task: str, seeds: list[int]) -> list[Run]:
             Run(task, "full", 0, 0, 1e-4),
             Run(task, "lora", 8, 0, 1e-3),
         ]
-    ranks = {"sst2": (2, 4, 8, 16, 32), "e2e": (2, 8, 32), "gsm8k": (2, 4, 8, 32)}[task]
     return [
         run
         for seed in (seeds if task == "sst2" else seeds[:1])
         for run in (
             Run(task, "full", 0, seed),
-            *(Run(task, "lora", rank, seed) for rank in ranks),
+            *(Run(task, "lora", rank, seed) for rank in TASKS[task].ranks),
             Run(task, "adalora", 8, seed),
             Run(task, "qlora", 8, seed),
         )
@@ -73,28 +96,19 @@ def runs(task: str, seeds: list[int]) -> list[Run]:
 
 def settings(run: Run, files: Path, precision: str = "bfloat16") -> tuple[Tuning, Path]:
     """Return the settings of a run and the file that it is tested on."""
+    task = TASKS[run.task]
     common: dict[str, Any] = {
         "method": run.method, "rank": run.rank or 8, "seed": run.seed, "rate": run.rate, "batch": 8,
-        "micro": 8, "precision": precision, "patience": 2, "tight": False,
+        "micro": 8, "precision": precision, "patience": 2, "tight": False, "seq_len": task.seq_len,
+        "steps": task.steps, "evaluations": task.evaluations, "eval_limit": task.held_out,
     }  # fmt: skip
-    if run.task in ("sst2", "rates"):
-        made = Tuning(
-            **common, data=(str(files / "sst2.train.tsv"),), eval_data=(str(files / "sst2.dev.tsv"),),
-            task="classification", labels=("negative", "positive"), seq_len=128, steps=120, evaluations=6,
-            eval_limit=128,
-        )  # fmt: skip
-        return made, files / "sst2.test.tsv"
-    # So many steps that full fine-tuning's held-out loss rises again before the end.
-    length, steps, evaluations, limit = {"e2e": (128, 360, 12, 64), "gsm8k": (320, 100, 10, 24)}[run.task]
-    made = Tuning(
-        **common, data=(str(files / f"{run.task}.train.jsonl"),), seq_len=length, steps=steps,
-        evaluations=evaluations, eval_data=(str(files / f"{run.task}.held.jsonl"),), eval_limit=limit,
-    )  # fmt: skip
-    return made, files / f"{run.task}.test.jsonl"
-
-
-TESTED = {"sst2": 600, "rates": 600, "e2e": 300, "gsm8k": 80}
-LEARNED = {"e2e": 480, "gsm8k": 160}
+    if task is TASKS["sst2"]:
+        parts = {part: files / f"sst2.{part}.tsv" for part in ("train", "dev", "test")}
+        common |= {"task": "classification", "labels": ("negative", "positive")}
+    else:
+        parts = {part: files / f"{run.task}.{part}.jsonl" for part in ("train", "held", "test")}
+    train, held, test = parts.values()
+    return Tuning(**common, data=(str(train),), eval_data=(str(held),)), test
 
 
 def prepare(data: Path, files: Path) -> None:
@@ -122,8 +136,9 @@ def spread(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 def write_split(files: Path, task: str, part: str, pairs: list[tuple[str, str]]) -> None:
     parts = {"test": pairs}
-    if part == "train":
-        size = min(LEARNED[task], len(pairs) * 4 // 5)
+    learned = TASKS[task].learned
+    if part == "train" and learned is not None:
+        size = min(learned, len(pairs) * 4 // 5)
         parts = {"train": pairs[:size], "held": pairs[size:]}
     for name, rows in parts.items():
         lines = [json.dumps({"prompt": prompt, "completion": completion}) for prompt, completion in rows]
@@ -140,7 +155,7 @@ def measure(
     tuning, test = settings(run, files, precision)
     loaded = hub.load(model, compute=torch.float32)
     tested = examples.read(
-        replace(tuning, eval_data=(str(test),), eval_limit=TESTED[run.task], seed=0), loaded.tokenizer
+        replace(tuning, eval_data=(str(test),), eval_limit=TASKS[run.task].tested, seed=0), loaded.tokenizer
     )
     base = before or asdict(judged(loaded, loaded.model, tested, tuning))
     keep = {name: value.clone() for name, value in loaded.model.state_dict().items()} if spectra(run) else {}

@@ -84,35 +84,34 @@ def answers(own: list[Row]) -> list[str]:
 
     Methods are compared where they had the same seed: the same examples in the same order.
     """
-    by = {(row["method"], row["rank"], row["seed"]): row for row in own}
-    seeds = sorted({row["seed"] for row in own})
-    best = []
-    for seed in seeds:
-        losses = {
-            rank: row["test"]["loss"]
-            for (method, rank, drawn), row in by.items()
-            if (method, drawn) == ("lora", seed)
-        }
-        best += [str(min(losses, key=losses.__getitem__))] if len(losses) > 1 else []
+    by: dict[str, dict[tuple[int, int], Row]] = {}
+    for row in own:
+        by.setdefault(row["method"], {})[row["seed"], row["rank"]] = row
+    lora = by.get("lora", {})
+    losses: dict[int, dict[int, float]] = {}
+    for (seed, rank), row in sorted(lora.items()):
+        losses.setdefault(seed, {})[rank] = row["test"]["loss"]
+    best = [str(min(one, key=one.__getitem__)) for one in losses.values() if len(one) > 1]
     found = [f"best rank of LoRA on each seed: {', '.join(best)}"] if best else []
-    for method, rank in dict.fromkeys((method, rank) for method, rank, _ in by if "lora" in method[1:]):
-        pairs = [
-            (by[method, rank, seed], by["lora", rank, seed])
-            for seed in seeds
-            if (method, rank, seed) in by and ("lora", rank, seed) in by
-        ]
-        if not pairs:
-            continue
-        lower = sum(one["test"]["loss"] < other["test"]["loss"] for one, other in pairs)
-        ratios = [
-            sum(one[part]["loss"] for one, _ in pairs) / sum(other[part]["loss"] for _, other in pairs) - 1
-            for part in ("held_out", "test")
-        ]
-        found.append(
-            f"{LABELS[method]} to LoRA of rank {rank}: held-out loss {ratios[0]:+.1%}, test loss "
-            f"{ratios[1]:+.1%}, lower on {lower} of {len(pairs)} seeds"
-        )
+    for method in ("adalora", "qlora"):
+        pairs = [(row, lora[place]) for place, row in by.get(method, {}).items() if place in lora]
+        if pairs:
+            found.append(f"{LABELS[method]} to LoRA of rank {pairs[0][0]['rank']}: {beside(pairs)}")
     return found
+
+
+def beside(pairs: list[tuple[Row, Row]]) -> str:
+    """Return how the losses of the first of each pair do beside those of the second."""
+
+    def change(part: str) -> float:
+        ours, theirs = (statistics.fmean(pair[side][part]["loss"] for pair in pairs) for side in (0, 1))
+        return ours / theirs - 1
+
+    lower = sum(ours["test"]["loss"] < theirs["test"]["loss"] for ours, theirs in pairs)
+    return (
+        f"held-out loss {change('held_out'):+.1%}, test loss {change('test'):+.1%}, "
+        f"lower on {lower} of {len(pairs)} seeds"
+    )
 
 
 def show(rows: list[Row], out: Path) -> None:
